@@ -1,0 +1,122 @@
+"""Compiles the CPU code with csrc/tests into one executable, and runs it.
+
+    python -m build_tools.csrc_tests [--sanitize address,undefined | --sanitize thread]
+
+The objects are those of the Python module, file by file with the same flags, but that a sanitizer
+lowers the optimization level.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from build_tools.ninja_file import NinjaFile
+from build_tools.toolchain import (
+    CSRC,
+    ROOT,
+    BuildError,
+    baseline_flags,
+    find_host_compiler,
+    include_flags,
+    library_sources,
+    split_environment_flags,
+)
+
+_SANITIZERS = ("address", "undefined", "leak", "thread")
+
+
+def build_directory(sanitizers: list[str]) -> Path:
+    """Where the executable and its objects go, relative to the project's root."""
+    return Path("build", "-".join(["csrc-tests", *sanitizers]))
+
+
+def build_executable(sanitizers: list[str]) -> Path:
+    """Compiles and links; returns the executable's absolute path.
+
+    Raises:
+        BuildError: there is nothing to build, or the compiler failed.
+    """
+    compiler = find_host_compiler()
+    if compiler.is_msvc:
+        raise BuildError("the C++ tests need GCC or Clang")
+    directory = build_directory(sanitizers)
+    tests = [
+        path.relative_to(ROOT)
+        for path in sorted((CSRC / "tests").glob("*.cpp"))
+        if not path.name.startswith("fuzz_")
+    ]
+    if not tests:
+        raise BuildError(f"no tests in {CSRC / 'tests'}")
+
+    optimization: tuple[str, ...] = ("-O3",)
+    sanitize: tuple[str, ...] = ()
+    if sanitizers:
+        sanitize = (f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all")
+        optimization = ("-O1", "-g", "-fno-omit-frame-pointer", *sanitize)
+    test_flags = (*baseline_flags(compiler, optimization), *include_flags(compiler))
+    if not sanitizers:
+        test_flags = (*test_flags, "-O1")
+
+    ninja = NinjaFile(directory)
+    objects = [
+        ninja.compile_cpp(compiler, source.path, source.flags)
+        for source in library_sources(compiler, optimization)
+    ]
+    objects += [ninja.compile_cpp(compiler, path, test_flags) for path in tests]
+    executable = directory / "csrc-tests"
+    flags = (*split_environment_flags("LDFLAGS"), "-pthread", *sanitize)
+    names = [str(path) for path in objects]
+    ninja.link(executable, objects, [*compiler.command, *flags, *names, "-o", str(executable)])
+    ninja.run([executable])
+    return ROOT / executable
+
+
+def run_executable(executable: Path, sanitizers: list[str], arguments: list[str]) -> int:
+    """Runs the tests; returns their exit status."""
+    command = [str(executable), *arguments]
+    if "thread" in sanitizers and sys.platform == "linux" and shutil.which("setarch"):
+        # ThreadSanitizer's fixed shadow memory collides with a highly randomised address space.
+        command = ["setarch", platform.machine(), "-R", *command]
+    environment = {"UBSAN_OPTIONS": "print_stacktrace=1", **os.environ}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def _parse_sanitizers(text: str) -> list[str]:
+    names = sorted({name for name in text.split(",") if name})
+    unknown = [name for name in names if name not in _SANITIZERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: choose from {', '.join(_SANITIZERS)}"
+        )
+    if "thread" in names and len({"address", "leak"} & set(names)) > 0:
+        raise argparse.ArgumentTypeError("thread cannot be combined with address or leak")
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m build_tools.csrc_tests", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--sanitize", type=_parse_sanitizers, default=[], metavar="NAMES", help="comma-separated"
+    )
+    parser.add_argument("--build-only", action="store_true", help="print the executable's path")
+    parser.add_argument("arguments", nargs="*", help="for the executable")
+    options = parser.parse_args()
+    try:
+        executable = build_executable(options.sanitize)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.build_only:
+        print(executable)
+        return 0
+    status = run_executable(executable, options.sanitize, options.arguments)
+    return status if 0 <= status <= 255 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+// The portable kernels: plain loops that a compiler vectorizes for the baseline instruction set.
+#include "kernels/conv_gradients.h"
+#include "kernels/conv_rows.h"
+
+namespace dfs {
+
+const KernelTable kScalarKernels = {
+    "scalar",
+    scalar::pack_pixels,
+    scalar::unpack_pixels,
+    scalar::convert_scratch_bytes,
+    scalar::convert_rows,
+    scalar::convert_rows,
+    scalar::quantize_filter,
+    scalar::filter_tile_bytes,
+    scalar::retile_filters,
+    scalar::conv_scratch_bytes,
+    scalar::conv_rows,
+    scalar::skip_rows,
+    scalar::backward_weight_bytes,
+    scalar::backward_weight_blocks,
+    scalar::backward_input_scratch_bytes,
+    scalar::backward_input,
+    scalar::backward_filter_scratch_bytes,
+    scalar::backward_filter,
+};
+
+}  // namespace dfs

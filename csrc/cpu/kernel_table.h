@@ -1,0 +1,77 @@
+// The kernels of one instruction set, each working on one task: no threads, no allocation, no
+// exceptions. Scratch memory is passed in, 64-byte aligned and uninitialized.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dfs/types.h"
+
+namespace dfs {
+
+// Rows [row_begin, row_end) of one sample's output.
+struct ConvTask {
+  const MixedConv2dArgs* args = nullptr;
+  int64_t sample = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  int32_t bits = 0;
+  const void* tile = nullptr;             // this width's weights, in the table's own layout
+  const float* multiplier = nullptr;      // (O), m of y = acc * m + c
+  const float* offset = nullptr;          // (O), c
+  const uint8_t* residual_row = nullptr;  // a packed residual's row, perhaps a copy of it
+};
+
+// Float weights of one width, quantized and dequantized, arranged for the gradient of the input.
+struct BackwardWeight {
+  const float* blocks = nullptr;
+};
+
+struct KernelTable {
+  const char* name;
+
+  // `pixels` runs of `channels` codes, each run starting at a new byte of `packed`.
+  void (*pack_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t bits,
+                      uint8_t* packed);
+  void (*unpack_pixels)(const uint8_t* packed, int64_t pixels, int64_t channels, int32_t bits,
+                        bool is_signed, uint8_t* codes);
+
+  size_t (*convert_scratch_bytes)(int64_t channels, int64_t width);
+  void (*quantize_rows)(const FeatureMap& src, const FeatureMap& dst, int64_t sample,
+                        int64_t row_begin, int64_t row_end, void* scratch);
+  void (*dequantize_rows)(const FeatureMap& src, const FeatureMap& dst, int64_t sample,
+                          int64_t row_begin, int64_t row_end, void* scratch);
+
+  // One output channel, (channels, kernel_h * kernel_w) -> [kernel_h * kernel_w][channels] codes.
+  void (*quantize_filter)(const float* weight, int64_t channels, int64_t taps, float scale,
+                          int32_t bits, bool centred, uint8_t* packed);
+
+  size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits);
+  void (*retile_weight)(const ConvGeometry& geometry, const uint8_t* canonical, int32_t bits,
+                        bool centred, void* tile);
+
+  size_t (*conv_scratch_bytes)(const MixedConv2dArgs& args, int32_t bits);
+  void (*conv_rows)(const ConvTask& task, void* scratch);
+  // A sample at 0 bits.
+  void (*skip_rows)(const ConvTask& task, void* scratch);
+
+  size_t (*backward_weight_bytes)(const ConvGeometry& geometry);
+  void (*backward_weight_blocks)(const MixedConv2dBackwardArgs& args, int width_index,
+                                 float* blocks);
+  size_t (*backward_input_scratch_bytes)(const MixedConv2dBackwardArgs& args);
+  // Writes one sample's and one group's part of grad_input if there is one, and returns their
+  // unscaled share of the gradient of the input scale.
+  double (*backward_input)(const MixedConv2dBackwardArgs& args, int64_t sample, int64_t group,
+                           const BackwardWeight& weight, void* scratch);
+  size_t (*backward_filter_scratch_bytes)(const MixedConv2dBackwardArgs& args, int64_t channels);
+  // Gradients of weight, weight scale, mul and add for output channels [begin, end) of one group.
+  void (*backward_filter)(const MixedConv2dBackwardArgs& args, int64_t channel_begin,
+                          int64_t channel_end, void* scratch);
+};
+
+extern const KernelTable kScalarKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512VnniKernels;
+extern const KernelTable kAvx512VbmiKernels;
+
+}  // namespace dfs

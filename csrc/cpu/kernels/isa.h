@@ -1,0 +1,45 @@
+// Included by every header here. Each ISA file compiles its own copy of these headers with its own
+// flags, in its own namespace and with internal linkage, so that the linker cannot merge them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "dfs/types.h"
+
+#ifndef DFS_ISA
+#error "define DFS_ISA to the name of the instruction set"
+#endif
+
+namespace dfs {
+namespace DFS_ISA {
+namespace {
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Hands out pieces of a task's scratch memory. Run over a null base it measures their sum.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<uint8_t*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+}  // namespace DFS_ISA
+}  // namespace dfs

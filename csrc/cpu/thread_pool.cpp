@@ -1,0 +1,227 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "float_environment.h"
+
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
+
+namespace dfs {
+namespace {
+
+using TaskFn = std::function<void(int64_t, int)>;
+
+std::atomic<double> thread_cost{50e3};
+
+// A thread takes at least this much work at a time from the shared counter.
+constexpr double kMinGrabCost = 2e3;
+
+void run_inline(int64_t count, const TaskFn& fn) {
+  const DefaultFloatEnvironment environment;
+  for (int64_t task = 0; task < count; ++task) fn(task, 0);
+}
+
+// Keeps signals on the caller's threads, where an interpreter expects them.
+class BlockSignals {
+ public:
+  BlockSignals(const BlockSignals&) = delete;
+  BlockSignals& operator=(const BlockSignals&) = delete;
+#ifndef _WIN32
+  BlockSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved_);
+  }
+  ~BlockSignals() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+
+ private:
+  sigset_t saved_;
+#else
+  BlockSignals() = default;
+#endif
+};
+
+class ThreadPool {
+ public:
+  // False if the pool is busy or shut down: nothing was run then.
+  bool try_run(int64_t count, int64_t grain, int threads, int participants, const TaskFn& fn) {
+    std::unique_lock<std::mutex> running(run_mutex_, std::try_to_lock);
+    if (!running.owns_lock() || shut_down_) return false;
+    resize(threads - 1);
+    participants = std::min<int>(participants, static_cast<int>(helpers_.size()) + 1);
+
+    next_.store(0, std::memory_order_relaxed);
+    count_ = count;
+    grain_ = grain;
+    fn_ = &fn;
+    error_ = nullptr;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      helpers_wanted_ = participants - 1;
+      helpers_busy_ = participants - 1;
+      ++generation_;
+    }
+    wake_.notify_all();
+    work(0);
+    std::exception_ptr error;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return helpers_busy_ == 0; });
+      std::swap(error, error_);
+    }
+    running.unlock();
+    if (error) std::rethrow_exception(error);
+    return true;
+  }
+
+  void shut_down() {
+    const std::lock_guard<std::mutex> running(run_mutex_);
+    shut_down_ = true;
+    resize(0);
+  }
+
+ private:
+  void resize(int helpers) {
+    const int current = static_cast<int>(helpers_.size());
+    if (helpers < current) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        helpers_kept_ = helpers;
+      }
+      wake_.notify_all();
+      for (int i = helpers; i < current; ++i) helpers_[i].join();
+      helpers_.resize(helpers);
+    } else if (helpers > current) {
+      helpers_.reserve(helpers);
+      uint64_t generation;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        helpers_kept_ = helpers;
+        generation = generation_;
+      }
+      const BlockSignals block;
+      try {
+        for (int i = current; i < helpers; ++i) {
+          helpers_.emplace_back([this, i, generation] { help(i, generation); });
+        }
+      } catch (const std::system_error&) {
+        // Out of threads: go on with those that started.
+      }
+    }
+  }
+
+  void help(int index, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return index >= helpers_kept_ || generation_ != seen; });
+      if (index >= helpers_kept_) return;
+      seen = generation_;
+      if (index >= helpers_wanted_) continue;
+      lock.unlock();
+      work(index + 1);
+      lock.lock();
+      if (--helpers_busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void work(int worker) {
+    const DefaultFloatEnvironment environment;
+    try {
+      for (;;) {
+        const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+        if (begin >= count_) return;
+        const int64_t end = std::min(begin + grain_, count_);
+        for (int64_t task = begin; task < end; ++task) (*fn_)(task, worker);
+      }
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  std::mutex run_mutex_;  // held for the whole of a run
+  std::vector<std::thread> helpers_;
+  bool shut_down_ = false;
+
+  // The current run; published to the helpers by mutex_.
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0;
+  int64_t grain_ = 1;
+  const TaskFn* fn_ = nullptr;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  uint64_t generation_ = 0;
+  int helpers_kept_ = 0;
+  int helpers_wanted_ = 0;
+  int helpers_busy_ = 0;
+  std::exception_ptr error_;
+};
+
+// A child of fork inherits the pool's memory but not its threads, with locks in any state: it
+// leaves that pool alone and starts over. Nothing here takes a lock, since the parent may have held
+// it at the fork.
+std::atomic<ThreadPool*> current_pool{nullptr};
+std::atomic<ThreadPool*> abandoned_pool{nullptr};  // keeps it reachable for leak checkers
+
+void abandon_pool_after_fork() { abandoned_pool.store(current_pool.exchange(nullptr)); }
+
+struct PoolLifetime {
+  PoolLifetime() {
+#ifndef _WIN32
+    pthread_atfork(nullptr, nullptr, abandon_pool_after_fork);
+#endif
+  }
+  // The pool itself is never freed: a daemon thread may still be about to use it.
+  ~PoolLifetime() {
+    if (ThreadPool* pool = current_pool.load()) pool->shut_down();
+  }
+};
+
+PoolLifetime pool_lifetime;
+
+ThreadPool& pool() {
+  ThreadPool* existing = current_pool.load(std::memory_order_acquire);
+  if (existing != nullptr) return *existing;
+  ThreadPool* created = new ThreadPool;
+  if (current_pool.compare_exchange_strong(existing, created)) return *created;
+  delete created;
+  return *existing;
+}
+
+}  // namespace
+
+double min_thread_cost() { return thread_cost.load(std::memory_order_relaxed); }
+
+void set_min_thread_cost(double nanoseconds) {
+  thread_cost.store(nanoseconds, std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t count, double cost, int threads, const TaskFn& fn) {
+  if (count <= 0) return;
+  const double total = cost * static_cast<double>(count);
+  const double worthwhile = std::min(
+      {static_cast<double>(threads), static_cast<double>(count), total / min_thread_cost()});
+  const int participants = static_cast<int>(worthwhile);
+  const double grab = std::max(kMinGrabCost / std::max(cost, 1.0), 1.0);
+  const int64_t even_share = count / std::max(4 * participants, 1);
+  const int64_t grain =
+      std::max<int64_t>(std::min<int64_t>(static_cast<int64_t>(grab), even_share), 1);
+  if (participants <= 1 || !pool().try_run(count, grain, threads, participants, fn)) {
+    run_inline(count, fn);
+  }
+}
+
+}  // namespace dfs

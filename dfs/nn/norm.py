@@ -1,0 +1,98 @@
+"""Batch normalization with statistics and an affine of its own for every bitwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_kernels.widths import check_options
+
+
+class PerWidthBatchNorm2d(nn.Module):
+    """One BatchNorm per width: in training each sees the samples evaluated at its width.
+
+    A width with fewer than ``min_samples`` samples in the batch is normalized by its running
+    statistics, which that batch does not change. Samples at 0 bits pass through as they are.
+
+    Args:
+        channels: C.
+        bit_options: ascending widths, 32 included if it is on offer.
+        momentum: weight of a new batch in the running statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        bit_options: Sequence[int],
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        min_samples: int = 8,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.bit_options = check_options(bit_options)
+        self.eps = eps
+        self.momentum = momentum
+        self.min_samples = min_samples
+        count = len(self.bit_options)
+        self.weight = nn.Parameter(torch.ones(count, channels))
+        self.bias = nn.Parameter(torch.zeros(count, channels))
+        self.register_buffer("running_mean", torch.zeros(count, channels))
+        self.register_buffer("running_var", torch.ones(count, channels))
+
+    def forward(self, x: Tensor, bits: int | Tensor | None) -> Tensor:
+        """Normalize (N, C, H, W) by the statistics of each sample's width.
+
+        Args:
+            bits: an int, a tensor (N,), or None for the widest option.
+        """
+        if bits is None:
+            return self._normalize(x, len(self.bit_options) - 1)
+        if isinstance(bits, int):
+            return x if bits == 0 else self._normalize(x, self.bit_options.index(bits))
+        result = x
+        for i, width in enumerate(self.bit_options):
+            rows = (bits == width).nonzero().squeeze(1)
+            if rows.numel() == x.shape[0]:
+                return self._normalize(x, i)
+            if rows.numel():
+                result = result.index_copy(0, rows, self._normalize(x[rows], i))
+        return result
+
+    def _normalize(self, x: Tensor, index: int) -> Tensor:
+        learn = self.training and x.shape[0] >= self.min_samples
+        return F.batch_norm(
+            x,
+            self.running_mean[index],
+            self.running_var[index],
+            self.weight[index],
+            self.bias[index],
+            learn,
+            self.momentum,
+            self.eps,
+        )
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(mul, add) in float32, (len(bit_options), C): evaluation is y * mul + add."""
+        gain = self.weight.detach().double() / (self.running_var.double() + self.eps).sqrt()
+        offset = self.bias.detach().double() - self.running_mean.double() * gain
+        return gain.float(), offset.float()
+
+    @torch.no_grad()
+    def copy_from(self, norm: nn.BatchNorm2d) -> None:
+        """Give every width the parameters and statistics of one plain BatchNorm."""
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("norm must track running statistics")
+        self.weight.copy_(norm.weight.expand_as(self.weight))
+        self.bias.copy_(norm.bias.expand_as(self.bias))
+        self.running_mean.copy_(norm.running_mean.expand_as(self.running_mean))
+        self.running_var.copy_(norm.running_var.expand_as(self.running_var))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, bit_options={self.bit_options}"

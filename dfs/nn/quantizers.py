@@ -1,0 +1,195 @@
+"""Where the steps and zero points of a convolution's weights and inputs come from.
+
+A quantizer gives, per width, an input step and zero point and a weight step per output channel; the
+rounding itself is the kernels'. Both kinds are symmetric in the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfs_kernels.widths import activation_max, default_levels
+
+_MIN_STEP = 1e-8
+# Mean magnitude of a unit normal, and of one behind a ReLU: what steps assume before any data.
+_MEAN_ABS_NORMAL = 0.7979
+_MEAN_RELU_NORMAL = 0.3989
+
+
+class Quantizer(nn.Module):
+    """Base of the quantizers.
+
+    Args:
+        bit_options: ascending integer widths.
+        out_channels: O of the weight.
+        input_signed: whether the input takes negative values; its zero point is then 2^(b-1).
+    """
+
+    def __init__(self, bit_options: Sequence[int], out_channels: int, input_signed: bool) -> None:
+        super().__init__()
+        self.bit_options = tuple(bit_options)
+        self.out_channels = out_channels
+        self.input_signed = input_signed
+
+    def input_scale(self) -> Tensor:
+        """float32 (len(bit_options),)."""
+        raise NotImplementedError
+
+    def input_zero_point(self) -> Tensor:
+        """int32 (len(bit_options),)."""
+        raise NotImplementedError
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """float32 (len(bit_options), O)."""
+        raise NotImplementedError
+
+    def observe(self, x: Tensor) -> None:
+        """See a training batch, before it is quantized."""
+
+    def reset_weight(self, weight: Tensor) -> None:
+        """Start over from a new weight."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The state dict of a plain nn.Conv2d knows nothing of quantizers; it must load strictly.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LSQ(Quantizer):
+    """Learned steps (Esser et al., ICLR 2020), one per width, and per output channel for weights.
+
+    Weight steps start at 2 * mean|w| / sqrt(2^(b-1)); input steps from the first training batch in
+    the same way, and before that from a guess that the input has unit variance.
+    """
+
+    initialised: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bit_options: Sequence[int], out_channels: int, input_signed: bool) -> None:
+        super().__init__(bit_options, out_channels, input_signed)
+        guess = _MEAN_ABS_NORMAL if input_signed else _MEAN_RELU_NORMAL
+        self.input_step = nn.Parameter(self._steps_for(torch.tensor(guess)))
+        self.weight_step = nn.Parameter(torch.ones(len(self.bit_options), out_channels))
+        zeros = [1 << (b - 1) if input_signed else 0 for b in self.bit_options]
+        self.register_buffer("zero_point", torch.tensor(zeros, dtype=torch.int32))
+        self.register_buffer("initialised", torch.tensor(False))
+        self._ready = False
+
+    def _steps_for(self, mean_magnitude: Tensor) -> Tensor:
+        steps = []
+        for bits in self.bit_options:
+            largest = 1 << (bits - 1) if self.input_signed else activation_max(bits)
+            steps.append((2 * mean_magnitude / largest**0.5).clamp_min(_MIN_STEP))
+        return torch.stack(steps)
+
+    def input_scale(self) -> Tensor:
+        return self.input_step.abs().clamp_min(_MIN_STEP)
+
+    def input_zero_point(self) -> Tensor:
+        return self.zero_point
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        return self.weight_step.abs().clamp_min(_MIN_STEP)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        if self._ready or x.numel() == 0:
+            return
+        if not bool(self.initialised):
+            self.input_step.copy_(self._steps_for(x.detach().float().abs().mean()))
+            self.initialised.fill_(True)
+        self._ready = True
+
+    @torch.no_grad()
+    def reset_weight(self, weight: Tensor) -> None:
+        magnitude = weight.detach().float().abs().flatten(1).mean(1)
+        for i, bits in enumerate(self.bit_options):
+            step = 2 * magnitude / (1 << (bits - 1)) ** 0.5
+            self.weight_step[i].copy_(step.clamp_min(_MIN_STEP))
+
+    @torch.no_grad()
+    def set_input_step(self, index: int, step: float) -> None:
+        """Fix the input step of one width; the first batch no longer changes it."""
+        self.input_step[index] = max(step, _MIN_STEP)
+        self.initialised.fill_(True)
+        self._ready = True
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._ready = False
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class MinMax(Quantizer):
+    """Observed ranges: steps span the running minimum and maximum, with zero in the range.
+
+    Zero points are integers, so that 0 is exact; weights are symmetric, by their largest magnitude
+    per output channel. Nothing is learned.
+
+    Args:
+        momentum: weight of a new batch in the running range.
+    """
+
+    low: Tensor
+    high: Tensor
+    observed: Tensor
+
+    def __init__(
+        self,
+        bit_options: Sequence[int],
+        out_channels: int,
+        input_signed: bool,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__(bit_options, out_channels, input_signed)
+        self.momentum = momentum
+        self.register_buffer("low", torch.tensor(-3.0 if input_signed else 0.0))
+        self.register_buffer("high", torch.tensor(3.0))
+        self.register_buffer("observed", torch.tensor(False))
+
+    def input_scale(self) -> Tensor:
+        span = (self.high - self.low).clamp_min(_MIN_STEP)
+        return torch.stack([span / activation_max(b) for b in self.bit_options])
+
+    def input_zero_point(self) -> Tensor:
+        zeros = torch.round(-self.low / self.input_scale())
+        limits = torch.tensor([activation_max(b) for b in self.bit_options], device=zeros.device)
+        return torch.minimum(zeros.clamp_min(0), limits).to(torch.int32)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        largest = weight.detach().float().abs().flatten(1).amax(1)
+        steps = []
+        for bits in self.bit_options:
+            reach = (1 << (bits - 1)) - (0.5 if default_levels(bits) == "centred" else 1.0)
+            steps.append((largest / reach).clamp_min(_MIN_STEP))
+        return torch.stack(steps)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        values = x.detach().float()
+        low, high = values.amin().clamp_max(0), values.amax().clamp_min(0)
+        rate = torch.where(self.observed, self.momentum, 1.0)
+        self.low.lerp_(low, rate)
+        self.high.lerp_(high, rate)
+        self.observed.fill_(True)
+
+
+_KINDS: dict[str, type[Quantizer]] = {"lsq": LSQ, "minmax": MinMax}
+
+
+def make_quantizer(
+    kind: str, bit_options: Sequence[int], out_channels: int, input_signed: bool
+) -> Quantizer:
+    """A quantizer by name: "lsq" or "minmax"."""
+    if kind not in _KINDS:
+        raise ValueError(f"quantizer must be one of {tuple(_KINDS)}, got {kind!r}")
+    return _KINDS[kind](bit_options, out_channels, input_signed)

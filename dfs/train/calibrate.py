@@ -1,0 +1,272 @@
+"""What is estimated from data rather than learned: steps, BatchNorm statistics, the gate's bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfs.cost import Cost
+from dfs.models import DynamicResNet
+from dfs.models.cifar_resnet import UNGATED_BITS, Policy
+from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
+from dfs.nn.block import SHORTCUT_BITS
+from dfs.nn.gates import State
+from dfs.nn.quantizers import LSQ
+from dfs.nn.stream import STREAM_BITS
+from dfs_kernels import reference
+from dfs_kernels.widths import activation_max, default_levels
+
+_CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
+_SAMPLED_VALUES = 1 << 15
+
+
+def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
+    """The step with the least squared error over clip ratios of the largest magnitude.
+
+    Args:
+        values: float32 (n,).
+    """
+    reach = max(activation_max(bits) - zero_point, zero_point)
+    largest = float(values.abs().max())
+    if largest == 0:
+        return 0.0
+    zero = torch.tensor(zero_point, dtype=torch.int32)
+    best = (float("inf"), 0.0)
+    for ratio in _CLIP_RATIOS.tolist():
+        step = torch.tensor(largest * ratio / reach)
+        codes = reference.quantize_activation(values, bits, step, zero)
+        error = reference.dequantize_activation(codes, step, zero) - values
+        best = min(best, (float(error.double().square().sum()), float(step)))
+    return best[1]
+
+
+def best_weight_steps(weight: Tensor, bits: int) -> Tensor:
+    """Per output channel, the step with the least squared error over clip ratios, (O,)."""
+    rows = weight.detach().flatten(1)
+    centred = default_levels(bits) == "centred"
+    reach = (1 << (bits - 1)) - (0.5 if centred else 0.0)
+    largest = rows.abs().amax(1).clamp_min(1e-8)
+    best_error = torch.full_like(largest, torch.inf)
+    best_step = largest / reach
+    for ratio in _CLIP_RATIOS.tolist():
+        step = largest * ratio / reach
+        codes = reference.quantize_weight(rows, bits, step, centred)
+        levels = reference.weight_levels(codes, centred).double()
+        error = (reference.dequantize_weight(levels, step, centred) - rows).square().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error.float(), best_error)
+        best_step = torch.where(better, step, best_step)
+    return best_step
+
+
+@torch.no_grad()
+def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed: int) -> None:
+    """Set every step by least squared error, from the full-precision network's activations."""
+    generator = torch.Generator().manual_seed(seed)
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def sample(key: nn.Module, values: Tensor) -> None:
+        flat = values.detach().flatten()
+        picked = torch.randint(flat.numel(), (_SAMPLED_VALUES // 4,), generator=generator)
+        seen.setdefault(key, []).append(flat[picked])
+
+    def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sample(module, args[0])
+
+    def watch_block(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, ResidualBlock)
+        sample(module.stream, output)
+
+    hooks = [
+        m.register_forward_pre_hook(watch_conv)
+        for m in model.modules()
+        if isinstance(m, DFSConv2d)
+    ]
+    hooks += [
+        m.register_forward_hook(watch_block)
+        for m in model.modules()
+        if isinstance(m, ResidualBlock)
+    ]
+    model.eval()
+    for start in range(0, len(images), batch_size):
+        model.full_precision(images[start : start + batch_size])
+    for hook in hooks:
+        hook.remove()
+    for stream in model.streams:
+        values = torch.cat(seen[stream])
+        stream.set_step(best_input_step(values, STREAM_BITS, 0))  # type: ignore[operator]
+    for module in model.modules():
+        if not isinstance(module, DFSConv2d) or not isinstance(module.quantizer, LSQ):
+            continue
+        values = torch.cat(seen[module])
+        quantizer = module.quantizer
+        for i, bits in enumerate(module.bit_options):
+            zero_point = int(quantizer.zero_point[i])
+            quantizer.set_input_step(i, best_input_step(values, bits, zero_point))
+            quantizer.weight_step[i] = best_weight_steps(module.weight, bits)
+    model.repack()
+
+
+class _Moments:
+    """Mean and unbiased variance per channel, in float64, of samples that come in batches."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        values = x.double()
+        self.samples += x.shape[0]
+        self.count += x.numel() // x.shape[1]
+        self.total = self.total + values.sum((0, 2, 3))
+        self.squares = self.squares + values.square().sum((0, 2, 3))
+
+    def mean_and_var(self) -> tuple[Tensor, Tensor]:
+        mean = torch.as_tensor(self.total) / self.count
+        centred = torch.as_tensor(self.squares) - self.count * mean.square()
+        return mean, (centred / max(self.count - 1, 1)).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class KeptStatistics:
+    """A BatchNorm entry that saw too few samples to be estimated again."""
+
+    block: int
+    width: int
+    samples: int
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: DynamicResNet,
+    batches: Sequence[Tensor],
+    policy: Policy = None,
+    min_samples: int = 256,
+) -> list[KeptStatistics]:
+    """Estimate BatchNorm statistics again, block by block, each from what it will really see.
+
+    Args:
+        batches: training images, as many as are to be used.
+        policy: None routes as the gate decides; an int runs every gated block at that width.
+        min_samples: a gated (block, width) with fewer routed samples keeps what it had.
+
+    Returns:
+        The entries kept. Widths that no sample was routed to are among them.
+    """
+    was_training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, PerWidthBatchNorm2d):
+            module.eval()
+    kept: list[KeptStatistics] = []
+    uniform = [torch.full((len(b),), UNGATED_BITS, dtype=torch.int32) for b in batches]
+    stems = [model.stem(b, UNGATED_BITS) for b in batches]
+    _set_statistics(model.bn_stem, stems, uniform, 0)
+    target = model.streams[0]
+    streams = [target(torch.relu(model.bn_stem(s, UNGATED_BITS))) for s in stems]
+    streams = _through_block(model, 0, streams, uniform, 0, kept)
+    states: list[State | None] = [None] * len(batches)
+    for index in range(model.gated_blocks):
+        bits = []
+        for i, stream in enumerate(streams):
+            decision = model.decide(index, stream, states[i], policy)
+            states[i] = decision.state
+            bits.append(decision.bits)
+        needed = min_samples if policy is None else 0
+        streams = _through_block(model, index + 1, streams, bits, needed, kept)
+    model.train(was_training)
+    return [k for k in kept if policy is None or k.width == policy]
+
+
+def _through_block(
+    model: DynamicResNet,
+    index: int,
+    streams: list[Tensor],
+    bits: list[Tensor],
+    min_samples: int,
+    kept: list[KeptStatistics],
+) -> list[Tensor]:
+    block = model.blocks[index]
+    assert isinstance(block, ResidualBlock)
+    if block.downsamples:
+        uniform = [torch.full_like(b, SHORTCUT_BITS) for b in bits]
+        shortcuts = [block.shortcut(s, SHORTCUT_BITS) for s in streams]
+        _set_statistics(block.bn_shortcut, shortcuts, uniform, 0)
+    first = [block.conv1(s, b) for s, b in zip(streams, bits, strict=True)]
+    counts = _set_statistics(block.bn1, first, bits, min_samples)
+    hidden = [torch.relu(block.bn1(y, b)) for y, b in zip(first, bits, strict=True)]
+    second = [block.conv2(h, b) for h, b in zip(hidden, bits, strict=True)]
+    _set_statistics(block.bn2, second, bits, min_samples)
+    for width, count in counts.items():
+        if count < max(min_samples, 1):
+            kept.append(KeptStatistics(index, width, count))
+    return [
+        block.finish(s, block.bn2(y, b), False)
+        for s, y, b in zip(streams, second, bits, strict=True)
+    ]
+
+
+def _set_statistics(
+    norm: PerWidthBatchNorm2d, outputs: list[Tensor], bits: list[Tensor], min_samples: int
+) -> dict[int, int]:
+    """Set what has enough samples; returns the sample count of every width."""
+    counts = {}
+    for i, width in enumerate(norm.bit_options):
+        moments = _Moments()
+        for y, b in zip(outputs, bits, strict=True):
+            rows = (b == width).nonzero().squeeze(1)
+            if rows.numel():
+                moments.add(y[rows])
+        counts[width] = moments.samples
+        # Statistics of one sample would only describe that sample.
+        if moments.samples >= max(min_samples, 2):
+            mean, var = moments.mean_and_var()
+            norm.running_mean[i] = mean
+            norm.running_var[i] = var
+    return counts
+
+
+@torch.no_grad()
+def calibrate_gate_bias(
+    model: DynamicResNet, images: Tensor, cost: Cost, target: float, batch_size: int
+) -> float:
+    """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
+
+    The bias of a choice is proportional to its cost, so the order of what the gate prefers among
+    inputs stays.
+
+    Returns:
+        The mean cost reached.
+    """
+    model.eval()
+    per_choice = cost.of_choices()
+    spread = per_choice / (per_choice.max() - per_choice.min())
+
+    def measure(tilt: float) -> float:
+        model.gate.choice_bias.copy_(-tilt * spread)
+        total = 0.0
+        for start in range(0, len(images), batch_size):
+            out = model.run(images[start : start + batch_size])
+            total += float(cost(out.mask).double().sum())
+        return total / len(images)
+
+    low, high = -1.0, 1.0
+    while measure(low) < target and low > -1e4:
+        low *= 4
+    while measure(high) > target and high < 1e4:
+        high *= 4
+    best = (float("inf"), 0.0, 0.0)
+    for _ in range(24):
+        middle = (low + high) / 2
+        reached = measure(middle)
+        best = min(best, (abs(reached - target), middle, reached))
+        if reached > target:
+            low = middle
+        else:
+            high = middle
+    return measure(best[1])

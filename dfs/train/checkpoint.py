@@ -1,0 +1,75 @@
+"""Checkpoints: written beside and renamed, read without running code, refused when they don't fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = "dfs-training-checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used, and why."""
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values; an existing file is replaced only by a complete one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, of another format or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or truncated ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a training checkpoint of this project")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: version {content.get('version')}, this build reads {VERSION}"
+        )
+    return content
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load a state dict whose every key and shape must fit; nothing is changed otherwise.
+
+    Raises:
+        CheckpointError: naming the first entry that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    for name in own.keys() - state.keys():
+        raise CheckpointError(f"{what}: entry {name!r} is missing; was it another architecture?")
+    for name in state.keys() - own.keys():
+        raise CheckpointError(f"{what}: unknown entry {name!r}; was it another architecture?")
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise CheckpointError(
+                f"{what}: {name!r} has shape {tuple(state[name].shape)}, "
+                f"this network needs {tuple(value.shape)}"
+            )
+    module.load_state_dict(dict(state))

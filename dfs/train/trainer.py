@@ -1,0 +1,204 @@
+"""Runs the stages, one step at a time, so that it can stop and resume after any of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfs.cost import Cost, make_cost
+from dfs.data import DataSplits, load_dataset
+from dfs.models import DynamicResNet, PlainResNet, build_model
+from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly, save_checkpoint
+from dfs.train.config import TrainConfig
+from dfs.train.stages import STAGES, Stage, StageFailed
+
+__all__ = ["SHARED_STAGES", "StageFailed", "Trainer"]
+
+# S0 to S2 know nothing of the cost target: every target starts from their result.
+SHARED_STAGES = 3
+_SEED_STRIDE = 1_000_003
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+class Trainer:
+    """A training run: networks, the place in the stages, and the folder it is kept in.
+
+    Everything random in a step is drawn from a seed made of the run's seed, the stage and the step,
+    so that what was saved after a step is all that resuming needs.
+
+    Args:
+        config: the settings.
+        folder: where checkpoints and metrics go; None keeps nothing.
+        data: the data set, loaded by the config's name if None.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path | None = None, data: DataSplits | None = None
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.data = data if data is not None else load_dataset(config.dataset, config.seed)
+        torch.manual_seed(config.seed)
+        plain = build_model(config.model, self.data.classes, self.data.channels, None)
+        assert isinstance(plain, PlainResNet)
+        self.plain = plain
+        dynamic = build_model(
+            config.model, self.data.classes, self.data.channels, config.choices, config.stream
+        )
+        assert isinstance(dynamic, DynamicResNet)
+        self.model = dynamic
+        self.stage_index = 0
+        self.step = 0
+        self.results: dict[str, dict[str, float]] = {}
+        self._stage: Stage | None = None
+
+    @property
+    def cost(self) -> Cost:
+        return make_cost(self.config.cost, self.model, self.data.image_size)
+
+    @property
+    def done(self) -> bool:
+        return self.stage_index >= len(STAGES)
+
+    def fork(self, target: float, folder: Path | None = None) -> Trainer:
+        """A run of its own for another cost target, starting from here.
+
+        Raises:
+            ValueError: the target has already been trained to.
+        """
+        if self.stage_index > SHARED_STAGES or (self.stage_index == SHARED_STAGES and self.step):
+            raise ValueError("a run can only be forked before its gates are trained")
+        other = Trainer(self.config.with_target(target), folder, self.data)
+        other.plain.load_state_dict(self.plain.state_dict())
+        load_exactly(other.model, self.model.state_dict(), "model")
+        other.stage_index, other.step = self.stage_index, self.step
+        other.results = copy.deepcopy(self.results)
+        return other
+
+    def run(
+        self,
+        until: int | None = None,
+        progress: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+        max_steps: int | None = None,
+        checkpoint_every: int = 50,
+    ) -> bool:
+        """Train until stage ``until`` begins, or to the end.
+
+        Args:
+            progress: called after every step with the stage's name, the step, the steps of the
+                stage and what was measured.
+            stop: asked after every step; True saves and returns.
+            max_steps: stop, saved, after so many steps of this call.
+            checkpoint_every: steps between checkpoints.
+
+        Returns:
+            Whether it got there.
+
+        Raises:
+            StageFailed: a stage's exit check did not pass; its checkpoint is kept.
+        """
+        last = len(STAGES) if until is None else until
+        taken = 0
+        while self.stage_index < last:
+            stage = self._current()
+            total = stage.steps()
+            while self.step < total:
+                torch.manual_seed(
+                    (self.config.seed * _SEED_STRIDE + self.stage_index) * _SEED_STRIDE + self.step
+                )
+                measured = stage.take(self.step)
+                self.step += 1
+                taken += 1
+                self._log(stage.name, self.step, measured)
+                if progress is not None:
+                    progress(stage.name, self.step, total, measured)
+                finished = self.step == total
+                stopping = (stop is not None and stop()) or taken == max_steps
+                if stopping or (self.step % checkpoint_every == 0 and not finished):
+                    self.save()
+                if stopping:
+                    return False
+            torch.manual_seed(self.config.seed * _SEED_STRIDE + self.stage_index)
+            self.results[stage.name] = stage.finish()
+            self._log(stage.name, self.step, self.results[stage.name], final=True)
+            self.stage_index += 1
+            self.step = 0
+            self._stage = None
+            self.save()
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint, if the run has a folder."""
+        if self.folder is None:
+            return
+        stage = {} if self._stage is None else self._stage.state_dict()
+        save_checkpoint(
+            self.folder / "checkpoint.pt",
+            {
+                "config": self.config.to_dict(),
+                "stage": self.stage_index,
+                "step": self.step,
+                "plain": self.plain.state_dict(),
+                "model": self.model.state_dict(),
+                "stage_state": stage,
+                "results": self.results,
+            },
+        )
+
+    @staticmethod
+    def load(folder: Path, data: DataSplits | None = None) -> Trainer:
+        """Take up the run that is kept in ``folder``.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or does not fit its own config.
+        """
+        path = folder / "checkpoint.pt"
+        content = load_checkpoint(path)
+        try:
+            config = TrainConfig.from_dict(content["config"])
+            trainer = Trainer(config, folder, data)
+            load_exactly(trainer.plain, content["plain"], f"{path}: plain")
+            load_exactly(trainer.model, content["model"], f"{path}: model")
+            trainer.stage_index, trainer.step = content["stage"], content["step"]
+            trainer.results = content["results"]
+            if trainer.step:
+                trainer._current().load_state_dict(content["stage_state"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: entry {error} is missing or wrong") from error
+        return trainer
+
+    def _current(self) -> Stage:
+        if self._stage is None:
+            stage_type = STAGES[self.stage_index]
+            if self.step == 0:
+                torch.manual_seed(self.config.seed * _SEED_STRIDE - 1 - self.stage_index)
+                stage_type.prepare(self)
+            self._stage = stage_type(self)
+        return self._stage
+
+    def _log(
+        self, stage: str, step: int, measured: dict[str, float], final: bool = False
+    ) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = {"stage": stage, "step": step, "final": final, **measured}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def stage_names() -> Sequence[str]:
+    """The stages in order."""
+    return [stage.name for stage in STAGES]
+
+
+def stage_state(trainer: Trainer) -> dict[str, Any]:
+    """State of the stage that is under way; empty between stages."""
+    return {} if trainer._stage is None else trainer._stage.state_dict()

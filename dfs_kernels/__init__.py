@@ -1,0 +1,28 @@
+"""Per-sample mixed-bitwidth convolution from bit-packed weights, as torch ops."""
+
+from dfs_kernels.backends import available_backends, backend_info, use_backend
+from dfs_kernels.functional import (
+    mixed_conv2d,
+    mixed_conv2d_,
+    pack_bits,
+    quantize_pack,
+    unpack_bits,
+    unpack_dequantize,
+    warmup,
+)
+from dfs_kernels.packing import PackedActivation, PackedConvWeight
+
+__all__ = [
+    "PackedActivation",
+    "PackedConvWeight",
+    "available_backends",
+    "backend_info",
+    "mixed_conv2d",
+    "mixed_conv2d_",
+    "pack_bits",
+    "quantize_pack",
+    "unpack_bits",
+    "unpack_dequantize",
+    "use_backend",
+    "warmup",
+]

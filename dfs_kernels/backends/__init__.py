@@ -1,0 +1,139 @@
+"""The implementations of the ops, and the choice between them.
+
+Every backend is a module with the same functions:
+
+    unavailable_reason() -> str | None                  why it can't run here
+    supports(device_type, options) -> bool              whether it takes that device and widths
+    pack_bits(codes, bits)                              unpack_bits(packed, bits, channels, signed)
+    quantize_pack(x, out)                               unpack_dequantize(packed)
+    quantize_weight(weight, scale, bits, centred, out)  retile_weight(weight, geometry)
+    tile_bytes(geometry, options) -> int                size of its private weights; 0 for none
+    mixed_conv2d(call, out)                             mixed_conv2d_backward(call, grad, wanted)
+    info() -> dict                                      what runs, for people
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dfs_kernels.backends import cpu, reference
+
+# Modules at hand rather than imported on demand: torch.compile can't trace an import.
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_NAMES = tuple(_MODULES)
+
+# Which backend an op takes on a device when nobody asks for one, best first. On a CPU the backward
+# goes to the reference: its library convolutions measured faster than the portable C++ loops
+# (bench/bench_mixed_conv2d.py, the backward group).
+_DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_OP_DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("mixed_conv2d_backward", "cpu"): ("reference", "cpu"),
+}
+
+_override: str | None = None
+_announced: set[str] = set()
+
+
+class BackendScope:
+    """Undoes :func:`use_backend` when used as a context manager."""
+
+    def __init__(self, previous: str | None) -> None:
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _override
+        _override = self._previous
+
+
+def use_backend(name: str | None) -> BackendScope:
+    """Make every op run on one backend; None goes back to the defaults.
+
+    Also a context manager: ``with use_backend("reference"): ...``.
+
+    Raises:
+        ValueError: no such backend, or one that can't run here.
+    """
+    global _override
+    if name is not None:
+        _check_usable(name)
+    previous, _override = _override, name
+    return BackendScope(previous)
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend."""
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {_NAMES}, got {name!r}")
+    return _MODULES[name]
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run here."""
+    return tuple(name for name in _NAMES if load(name).unavailable_reason() is None)
+
+
+def backend_info() -> dict[str, Any]:
+    """What each backend runs on, or why it does not, and the defaults in force."""
+    info: dict[str, Any] = {}
+    for name in _NAMES:
+        reason = load(name).unavailable_reason()
+        info[name] = {"available": reason is None}
+        info[name].update({"reason": reason} if reason else load(name).info())
+    info["defaults"] = {device: _override or names[0] for device, names in _DEFAULTS.items()}
+    return info
+
+
+def select_name(
+    op: str, requested: str | None, device: torch.device, options: Sequence[int]
+) -> str:
+    """The backend that an op will run on.
+
+    Raises:
+        ValueError: a backend that was asked for can't run here or does not take the widths.
+    """
+    asked = requested if requested is not None else _override
+    if asked is not None:
+        _check_usable(asked)
+        if not load(asked).supports(device.type, options):
+            raise ValueError(
+                f"backend {asked!r} does not take {tuple(options)} bits on {device.type} tensors"
+            )
+        return asked
+    order = _OP_DEFAULTS.get((op, device.type)) or _DEFAULTS.get(device.type, ("reference",))
+    for name in order:
+        module = load(name)
+        if module.unavailable_reason() is None and module.supports(device.type, options):
+            return name
+        _announce(op, name, device, options)
+    return "reference"
+
+
+def select(
+    op: str, requested: str | None, device: torch.device, options: Sequence[int]
+) -> ModuleType:
+    """Like :func:`select_name`, giving the module."""
+    return load(select_name(op, requested, device, options))
+
+
+def _check_usable(name: str) -> None:
+    reason = load(name).unavailable_reason()
+    if reason is not None:
+        raise ValueError(f"backend {name!r} can't run here: {reason}")
+
+
+def _announce(op: str, name: str, device: torch.device, options: Sequence[int]) -> None:
+    reason = load(name).unavailable_reason()
+    if reason is None:
+        reason = f"it does not take {tuple(options)} bits on {device.type} tensors"
+    message = f"{op}: the {name!r} backend is not used ({reason}); a slower one takes its place"
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

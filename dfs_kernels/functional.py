@@ -1,0 +1,627 @@
+"""The public functions over the ops: they check their arguments, then call one op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dfs_kernels import backends, ops  # noqa: F401  (ops registers torch.ops.dfs)
+from dfs_kernels.geometry import ConvGeometry, IntPair
+from dfs_kernels.packing import (
+    PackedActivation,
+    PackedConvWeight,
+    Quantizer,
+    check_float_weight,
+    check_packable,
+    per_width,
+    resolve_levels,
+)
+from dfs_kernels.widths import KERNEL_WIDTHS, check_accumulator, check_options
+
+PerWidth = Tensor | Mapping[int, "Tensor | float"] | Sequence[float] | float
+PerWidthInt = Tensor | Mapping[int, "Tensor | int"] | Sequence[int] | int
+
+_MAX_INT32 = 2**31 - 1
+# What a tensor of per-width values stands for when only its length says so.
+_OPTIONS_BY_LENGTH = {3: (2, 4, 8), 4: (2, 4, 8, 32)}
+
+
+def pack_bits(codes: Tensor, bits: int, *, backend: str | None = None) -> Tensor:
+    """Pack integer codes, the lowest channel in the lowest bits of a byte.
+
+    Args:
+        codes: int8 or uint8 (..., C); the low ``bits`` bits of each are kept.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 (..., ceil(C*bits/8)); codes beyond C are zero.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _check_pack_width(bits)
+    _check_tensor(codes, "codes")
+    if codes.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"codes must be int8 or uint8, got {codes.dtype}")
+    if codes.dim() < 1 or codes.shape[-1] == 0:
+        raise ValueError(f"codes must be (..., C) with C > 0, got {tuple(codes.shape)}")
+    name = backends.select_name("pack_bits", backend, codes.device, (bits,))
+    result: Tensor = torch.ops.dfs.pack_bits(codes, bits, backend=name)
+    return result
+
+
+def unpack_bits(
+    packed: Tensor, bits: int, channels: int, signed: bool, *, backend: str | None = None
+) -> Tensor:
+    """Undo :func:`pack_bits`.
+
+    Args:
+        packed: uint8 (..., ceil(channels*bits/8)).
+
+    Returns:
+        (..., channels): int8 in two's complement if ``signed``, else uint8.
+    """
+    _check_pack_width(bits)
+    _check_tensor(packed, "packed")
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed must be uint8, got {packed.dtype}")
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels must be a positive int, got {channels!r}")
+    expected = (channels * bits + 7) // 8
+    if packed.dim() < 1 or packed.shape[-1] != expected:
+        raise ValueError(
+            f"packed must have {expected} bytes for {channels} channels at {bits} bits, "
+            f"got shape {tuple(packed.shape)}"
+        )
+    name = backends.select_name("unpack_bits", backend, packed.device, (bits,))
+    result: Tensor = torch.ops.dfs.unpack_bits(packed, bits, channels, bool(signed), backend=name)
+    return result
+
+
+def quantize_pack(
+    input: Tensor,
+    bits: int | Tensor,
+    scale: PerWidth,
+    zero_point: PerWidthInt | None = None,
+    *,
+    bit_options: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> PackedActivation:
+    """Quantize and pack a batch, each sample at its own width.
+
+    Args:
+        input: floating (N, C, H, W).
+        bits: an int, or an integer tensor (N,) on the input's device; 0 leaves a row unspecified.
+        scale, zero_point: per width: a tensor indexed like ``bit_options``, a dict keyed by width,
+            or a number when ``bits`` is an int. Zero points default to 0.
+        bit_options: the widths on offer; taken from a dict's keys, from ``bits`` if it is an int
+            and the scale a single value, and else from the length (3: 2/4/8, 4: 2/4/8/32).
+
+    Raises:
+        TypeError, ValueError: naming the argument; for a CPU also for a width in ``bits`` that is
+            no option and for scales outside [2^-126, 2^126].
+    """
+    _check_image(input, "input")
+    single = (bits,) if isinstance(bits, int) and bits != 0 else None
+    options = check_packable(_infer_options(scale, bit_options, single, "scale"), "bit_options")
+    quantizer = _quantizer(scale, zero_point, options, "scale", "zero_point", input.device)
+    samples = _check_bits(bits, input.shape[0], input.device)
+    name = backends.select_name("quantize_pack", backend, input.device, options)
+    data = torch.ops.dfs.quantize_pack(
+        input.detach().to(torch.float32),
+        samples,
+        quantizer.scale.detach(),
+        quantizer.zero_point,
+        bit_options=options,
+        backend=name,
+    )
+    return PackedActivation(
+        data, samples, quantizer.scale.detach(), quantizer.zero_point, options, *input.shape[1:]
+    )
+
+
+def unpack_dequantize(packed: PackedActivation, *, backend: str | None = None) -> Tensor:
+    """The float32 (N, C, H, W) values that a packed activation stands for.
+
+    A sample stored at 0 bits gives zeros.
+    """
+    if not isinstance(packed, PackedActivation):
+        raise TypeError(f"packed must be a PackedActivation, got {type(packed).__name__}")
+    name = backends.select_name("unpack_dequantize", backend, packed.device, packed.bit_options)
+    result: Tensor = torch.ops.dfs.unpack_dequantize(
+        packed.data,
+        packed.bits,
+        packed.scale,
+        packed.zero_point,
+        bit_options=packed.bit_options,
+        channels=packed.channels,
+        height=packed.height,
+        width=packed.width,
+        backend=name,
+    )
+    return result
+
+
+def mixed_conv2d(
+    input: Tensor | PackedActivation,
+    weight: Tensor | PackedConvWeight,
+    bits: int | Tensor,
+    input_scale: PerWidth | None = None,
+    input_zero_point: PerWidthInt | None = None,
+    *,
+    weight_scale: PerWidth | None = None,
+    mul: PerWidth | None = None,
+    add: PerWidth | None = None,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    residual: Tensor | PackedActivation | None = None,
+    activation: str | None = None,
+    output_scale: PerWidth | None = None,
+    output_zero_point: PerWidthInt | None = None,
+    output_bits: int | None = None,
+    bit_options: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor | PackedActivation:
+    """Convolve every sample of a batch at its own bitwidth.
+
+    A sample at 2, 4 or 8 bits is quantized and convolved in integers; at 32 bits it is a float32
+    convolution; at 0 bits nothing is computed, and its result is 0 or its residual, untouched.
+    Then, in this order: times ``mul`` plus ``add``, plus ``residual``, ``activation``,
+    requantization. Differentiable with respect to the float tensors unless the input or the output
+    is packed.
+
+    Args:
+        input: floating (N, C, H, W), or packed. A packed input's codes are used as they are, at
+            the samples' own widths, unless ``input_scale`` is given to quantize them again.
+        weight: packed, or floating (O, C/groups, KH, KW) together with ``weight_scale``.
+        bits: an int, or an integer tensor (N,) on the input's device, of 0 and the options.
+        input_scale: the step per width, (len(options),) or a dict keyed by width; entries for 32
+            are ignored. Not needed where every sample is at 32 bits.
+        input_zero_point: integers in [0, 2^b - 1] per width; 0 by default.
+        weight_scale: steps of a float weight, (len(options), O) or a dict of (O,).
+        mul, add: per width and output channel, (len(options), O) or a dict of (O,), 32 included.
+        bias: (O,).
+        stride, dilation: an int or a pair (vertical, horizontal).
+        padding: an int, a pair, or (left, right, top, bottom).
+        residual: floating (N, O, OH, OW), or packed.
+        activation: None or "relu".
+        output_scale, output_zero_point: given, the result is packed with them.
+        output_bits: one width for all samples of a packed result; None for each sample's own.
+        bit_options: the widths of a float weight, by default a dict's keys, and else from the
+            length of the per-width tensors (3: 2/4/8, 4: 2/4/8/32). A float weight offers 32 too.
+        backend: one of :func:`available_backends`, or None for the default.
+
+    Returns:
+        float32 (N, O, OH, OW), channels_last if the input is that and not contiguous; or a
+        :class:`PackedActivation`.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a CPU also for a width in ``bits`` that is no
+            option, with its index; on a GPU that sample's result is NaN (0xFF if packed) instead.
+    """
+    call = _Prepared(
+        input,
+        weight,
+        bits,
+        input_scale,
+        input_zero_point,
+        weight_scale,
+        mul,
+        add,
+        bias,
+        ConvArguments(stride, padding, dilation, groups),
+        residual,
+        activation,
+        bit_options,
+        backend,
+    )
+    output_options: tuple[int, ...] = ()
+    scale = zero_point = None
+    if output_scale is not None:
+        if output_bits is None:
+            output_options = check_packable(call.options, "bit_options")
+        else:
+            output_options = check_packable((output_bits,), "output_bits")
+            output_scale = _only(output_scale, output_bits, call.options)
+            if output_zero_point is not None:
+                output_zero_point = _only(output_zero_point, output_bits, call.options)
+        out = _quantizer(
+            output_scale,
+            output_zero_point,
+            output_options,
+            "output_scale",
+            "output_zero_point",
+            call.device,
+        )
+        scale, zero_point = out.scale.detach(), out.zero_point
+    elif output_bits is not None or output_zero_point is not None:
+        raise ValueError("output_bits and output_zero_point need output_scale")
+    result: Tensor = torch.ops.dfs.mixed_conv2d(
+        **call.tensors,
+        output_scale=scale,
+        output_zero_point=zero_point,
+        output_options=output_options,
+        output_bits=-1 if output_bits is None else output_bits,
+        backward_backend=call.select_backward(backend),
+        **call.scalars,
+    )
+    if scale is None or zero_point is None:
+        return result
+    stored = call.bits if output_bits is None else torch.full_like(call.bits, output_bits)
+    return PackedActivation(
+        result, stored, scale, zero_point, output_options, *call.output_shape[1:]
+    )
+
+
+def mixed_conv2d_(
+    input: Tensor | PackedActivation,
+    weight: Tensor | PackedConvWeight,
+    bits: int | Tensor,
+    input_scale: PerWidth | None = None,
+    input_zero_point: PerWidthInt | None = None,
+    *,
+    residual: Tensor | PackedActivation,
+    weight_scale: PerWidth | None = None,
+    mul: PerWidth | None = None,
+    add: PerWidth | None = None,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    bit_options: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> None:
+    """:func:`mixed_conv2d`, adding into ``residual`` in place.
+
+    A packed residual keeps its widths, steps and zero points; a skipped sample's row or values are
+    not touched. Not differentiable.
+
+    Raises:
+        RuntimeError: a tensor requires a gradient and gradients are enabled.
+    """
+    if residual is None:
+        raise TypeError("residual must be a tensor or a PackedActivation, got None")
+    if isinstance(residual, Tensor) and residual.dtype != torch.float32:
+        raise TypeError(f"residual must be float32 to be added into, got {residual.dtype}")
+    if isinstance(residual, Tensor) and any(
+        stride == 0 and size > 1
+        for stride, size in zip(residual.stride(), residual.shape, strict=True)
+    ):
+        raise ValueError("residual must not be expanded to be added into: its values share memory")
+    call = _Prepared(
+        input,
+        weight,
+        bits,
+        input_scale,
+        input_zero_point,
+        weight_scale,
+        mul,
+        add,
+        bias,
+        ConvArguments(stride, padding, dilation, groups),
+        residual,
+        activation,
+        bit_options,
+        backend,
+    )
+    if torch.is_grad_enabled():
+        for name, tensor in call.tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"mixed_conv2d_ is not differentiable, but {name} requires a gradient; "
+                    "use mixed_conv2d, or torch.no_grad()"
+                )
+    torch.ops.dfs.mixed_conv2d_(**call.tensors, **call.scalars)
+
+
+class ConvArguments:
+    """Stride, padding, dilation and groups as they were given."""
+
+    def __init__(self, stride: IntPair, padding: IntPair, dilation: IntPair, groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+
+class _Prepared:
+    """The arguments of a mixed convolution, checked and flattened for the ops."""
+
+    def __init__(
+        self,
+        input: Tensor | PackedActivation,
+        weight: Tensor | PackedConvWeight,
+        bits: int | Tensor,
+        input_scale: PerWidth | None,
+        input_zero_point: PerWidthInt | None,
+        weight_scale: PerWidth | None,
+        mul: PerWidth | None,
+        add: PerWidth | None,
+        bias: Tensor | None,
+        conv: ConvArguments,
+        residual: Tensor | PackedActivation | None,
+        activation: str | None,
+        bit_options: Sequence[int] | None,
+        backend: str | None,
+    ) -> None:
+        if activation not in (None, "relu"):
+            raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+        if not isinstance(input, PackedActivation):
+            _check_image(input, "input")
+        self.device = device = input.device
+        all_32 = isinstance(bits, int) and bits == 32
+        if isinstance(weight, PackedConvWeight):
+            if weight_scale is not None:
+                raise ValueError("weight_scale goes with a float weight; a packed one has its own")
+            if bit_options is not None and tuple(bit_options) != weight.bit_options:
+                raise ValueError(
+                    f"bit_options {tuple(bit_options)} differ from weight's {weight.bit_options}"
+                )
+            options = weight.bit_options
+            shape = weight.shape
+            centred = weight.centred
+            if weight.device != device:
+                raise ValueError(f"weight is on {weight.device}, but the input is on {device}")
+            data, scale = weight.buffer, weight.scales
+        else:
+            check_float_weight(weight)
+            if weight.device != device:
+                raise ValueError(f"weight is on {weight.device}, but the input is on {device}")
+            options = _float_weight_options(weight_scale, input_scale, mul, add, bit_options, all_32)
+            shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
+            centred = tuple(kind == "centred" for kind in resolve_levels(options))
+            data = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+            scale = None
+            if weight_scale is not None:
+                scale = per_width(
+                    weight_scale, options, "weight_scale", torch.float32, device, shape[:1], 1.0
+                )
+            elif options != (32,):
+                raise ValueError("weight_scale is needed with a float weight")
+        self.options = options
+        self.geometry = geometry = ConvGeometry.create(
+            input.shape[1], shape, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        check_accumulator(geometry.taps, options, centred)
+        self.bits = _check_bits(bits, input.shape[0], device)
+        height, width = input.shape[2:]
+        self.output_shape = (input.shape[0], shape[0], *geometry.output_size(height, width))
+        out_channels = shape[:1]
+
+        if not isinstance(input, PackedActivation):
+            allowed = all_32 and input.dtype == torch.float64
+            values = input if allowed else input.to(torch.float32)
+            if allowed and data.dtype != torch.float64:
+                raise TypeError(f"weight must be float64 like the input, got {data.dtype}")
+        else:
+            values = input.data
+        if data.dtype == torch.float64 and values.dtype != torch.float64:
+            data = data.to(torch.float32)
+        real = values.dtype if values.dtype == torch.float64 else torch.float32
+
+        quantizer = None
+        if input_scale is not None:
+            quantizer = _quantizer(
+                input_scale, input_zero_point, options, "input_scale", "input_zero_point", device
+            )
+        elif input_zero_point is not None:
+            raise ValueError("input_zero_point needs input_scale")
+        elif not isinstance(input, PackedActivation) and options != (32,) and not all_32:
+            raise ValueError("input_scale is needed to quantize a float input")
+
+        # An implied 32-bit option has no entry in mul and add; what they would hold is not used.
+        def affine(value: PerWidth | None, name: str) -> Tensor | None:
+            if value is None:
+                return None
+            return per_width(value, options, name, real, device, out_channels)
+
+        if bias is not None:
+            _check_tensor(bias, "bias")
+            if not bias.is_floating_point():
+                raise TypeError(f"bias must be floating point, got {bias.dtype}")
+            if tuple(bias.shape) != out_channels:
+                raise ValueError(f"bias must have shape {out_channels}, got {tuple(bias.shape)}")
+            if bias.device != device:
+                raise ValueError(f"bias is on {bias.device}, but the input is on {device}")
+            bias = bias.to(real).contiguous()
+        added = self._residual(residual, real)
+        packed = input if isinstance(input, PackedActivation) else None
+        into = residual if isinstance(residual, PackedActivation) else None
+        name = self.select("mixed_conv2d", backend)
+        self.in_double = values.dtype == torch.float64
+        if self.in_double and name != "reference":
+            if backend is not None:
+                raise TypeError(f"backend {backend!r} does not take float64; the reference does")
+            name = "reference"
+        tiles = None
+        if isinstance(weight, PackedConvWeight):
+            tiles = weight.tiles(name, geometry)
+        elif name != "reference":
+            data = data.contiguous()
+        self.tensors: dict[str, Tensor | None] = {
+            "input": values,
+            "weight": data,
+            "bits": self.bits,
+            "packed_bits": packed.bits if packed else None,
+            "packed_scale": packed.scale if packed else None,
+            "packed_zero_point": packed.zero_point if packed else None,
+            "input_scale": quantizer.scale if quantizer else None,
+            "input_zero_point": quantizer.zero_point if quantizer else None,
+            "weight_scale": scale,
+            "weight_tiles": tiles,
+            "bias": bias,
+            "mul": affine(mul, "mul"),
+            "add": affine(add, "add"),
+            "residual": added,
+            "residual_bits": into.bits if into else None,
+            "residual_scale": into.scale if into else None,
+            "residual_zero_point": into.zero_point if into else None,
+        }
+        self.scalars = {
+            "bit_options": options,
+            "centred": centred,
+            "packed_options": packed.bit_options if packed else (),
+            "in_height": height,
+            "in_width": width,
+            "residual_options": into.bit_options if into else (),
+            "relu": activation == "relu",
+            "backend": name,
+            **geometry.fields(),
+        }
+
+    def select(self, op: str, backend: str | None) -> str:
+        return backends.select_name(op, backend, self.device, self.options)
+
+    def select_backward(self, backend: str | None) -> str:
+        if self.in_double:
+            return "reference"
+        return self.select("mixed_conv2d_backward", backend)
+
+    def _residual(
+        self, residual: Tensor | PackedActivation | None, real: torch.dtype
+    ) -> Tensor | None:
+        if residual is None:
+            return None
+        if tuple(residual.shape) != self.output_shape:
+            raise ValueError(
+                f"residual must have the output's shape {self.output_shape}, "
+                f"got {tuple(residual.shape)}"
+            )
+        if residual.device != self.device:
+            raise ValueError(f"residual is on {residual.device}, but the input is on {self.device}")
+        if isinstance(residual, PackedActivation):
+            return residual.data
+        if not residual.is_floating_point():
+            raise TypeError(f"residual must be floating point, got {residual.dtype}")
+        return residual.to(real)
+
+
+def warmup(device: torch.device | str | None = None) -> None:
+    """Pay for the first call ahead of time: load the backends, start the threads.
+
+    Args:
+        device: where; a CPU by default.
+    """
+    target = torch.device(device or "cpu")
+    x = torch.zeros(2, 8, 4, 4, device=target)
+    weight = PackedConvWeight.from_float(
+        torch.zeros(8, 8, 3, 3, device=target), {b: torch.ones(8, device=target) for b in (2, 4, 8)}
+    )
+    for bits in weight.bit_options:
+        mixed_conv2d(x, weight, bits, {2: 1.0, 4: 1.0, 8: 1.0, 32: 1.0}, padding=1)
+
+
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_pack_width(bits: int) -> None:
+    if isinstance(bits, bool) or bits not in KERNEL_WIDTHS or bits == 32:
+        raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
+
+
+def _check_image(value: object, name: str) -> None:
+    _check_tensor(value, name)
+    assert isinstance(value, Tensor)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} must be (N, C, H, W), got {tuple(value.shape)}")
+    if 0 in value.shape[1:]:
+        raise ValueError(f"{name} must not be empty but for N, got {tuple(value.shape)}")
+
+
+def _check_bits(bits: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    """``bits`` as an int32 (N,) tensor."""
+    if isinstance(bits, Tensor):
+        if bits.is_floating_point() or bits.is_complex() or bits.dtype == torch.bool:
+            raise TypeError(f"bits must be an integer tensor, got {bits.dtype}")
+        if bits.dim() != 1 or bits.shape[0] != batch:
+            raise ValueError(f"bits must have shape ({batch},), got {tuple(bits.shape)}")
+        if bits.device != device:
+            raise ValueError(f"bits is on {bits.device}, but the input is on {device}")
+        if bits.dtype in (torch.int64, torch.uint32, torch.uint64):
+            # What would wrap around to a valid width must stay an invalid one.
+            bits = bits.to(torch.int64).clamp(-1, _MAX_INT32)
+        return bits.to(torch.int32).contiguous()
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits must be an int or an integer tensor, got {bits!r}")
+    value = min(max(bits, -1), _MAX_INT32)
+    return torch.full((batch,), value, dtype=torch.int32, device=device)
+
+
+def _infer_options(
+    scale: PerWidth | None,
+    bit_options: Sequence[int] | None,
+    single: tuple[int, ...] | None,
+    name: str,
+) -> tuple[int, ...]:
+    if bit_options is not None:
+        return check_options(bit_options)
+    if isinstance(scale, Mapping):
+        return check_options(sorted(scale), name)
+    length = len(scale) if isinstance(scale, Tensor) and scale.dim() else None
+    if length is None and isinstance(scale, Sequence):
+        length = len(scale)
+    if length in (None, 1) and single is not None:
+        return check_options(single, "bits")
+    if length in _OPTIONS_BY_LENGTH:
+        return _OPTIONS_BY_LENGTH[length]
+    raise ValueError(
+        f"{name} does not tell its widths; give a dict keyed by width, or bit_options"
+    )
+
+
+def _float_weight_options(
+    weight_scale: PerWidth | None,
+    input_scale: PerWidth | None,
+    mul: PerWidth | None,
+    add: PerWidth | None,
+    bit_options: Sequence[int] | None,
+    all_32: bool,
+) -> tuple[int, ...]:
+    """The widths of a float weight. 32 is among them, as it needs no steps."""
+    known = weight_scale if weight_scale is not None else input_scale
+    if known is None and bit_options is None and all_32:
+        return (32,)
+    options = _infer_options(known, bit_options, None, "weight_scale")
+    if 32 in options:
+        return options
+    # Without an entry for 32, a folded affine says nothing about that width.
+    for values in (mul, add):
+        if isinstance(values, Mapping) and 32 not in values:
+            return options
+        if isinstance(values, Tensor) and len(values) == len(options):
+            return options
+    return (*options, 32)
+
+
+def _quantizer(
+    scale: PerWidth,
+    zero_point: PerWidthInt | None,
+    options: tuple[int, ...],
+    scale_name: str,
+    zero_point_name: str,
+    device: torch.device,
+) -> Quantizer:
+    steps = per_width(scale, options, scale_name, torch.float32, device, fill=1.0)
+    if zero_point is None:
+        zeros = torch.zeros(len(options), dtype=torch.int32, device=device)
+    else:
+        zeros = per_width(zero_point, options, zero_point_name, torch.int32, device, fill=0)
+    return Quantizer(options, steps, zeros)
+
+
+def _only(values: PerWidth, bits: int, options: tuple[int, ...]) -> PerWidth:
+    """The one entry of per-width values that a fixed output width needs."""
+    if isinstance(values, Mapping):
+        return {bits: values[bits]} if bits in values else values
+    if isinstance(values, Tensor) and values.dim() == 1 and len(values) == len(options) > 1:
+        if bits in options:
+            return values[options.index(bits)]
+    return values

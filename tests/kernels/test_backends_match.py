@@ -1,0 +1,515 @@
+"""Every backend gives the reference's bits."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dfs_kernels
+from dfs_kernels import PackedActivation, mixed_conv2d, mixed_conv2d_, reference
+from dfs_kernels.backends import load
+from dfs_kernels.packing import Quantizer, row_bytes
+from tests.kernels.cases import (
+    INPUT_FORMS,
+    OTHER_BACKENDS,
+    OUTPUT_FORMS,
+    RESIDUAL_FORMS,
+    ConvCase,
+    as_bits,
+    assert_matches_reference,
+    build,
+    conv_cases,
+    pack,
+    run,
+    sample_bits,
+    within_bound,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+every_backend = pytest.mark.parametrize("backend", OTHER_BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def keep_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_is_a_backend_to_compare() -> None:
+    assert "cpu" in OTHER_BACKENDS
+
+
+@every_backend
+@settings(max_examples=400)
+@given(case=conv_cases())
+def test_any_convolution(backend: str, case: ConvCase) -> None:
+    assert_matches_reference(build(case), backend)
+
+
+# Width x stride x groups x padding: each combination this many times.
+CELLS = tuple(
+    itertools.product((0, 2, 4, 8, 32), (1, 2), (False, True), ("symmetric", "asymmetric"))
+)
+DRAWS_PER_CELL = 20
+
+
+@every_backend
+def test_every_width_stride_grouping_and_padding_many_times(backend: str) -> None:
+    seen: Counter[tuple[int, int, bool, str]] = Counter()
+    total = 0
+    for width, stride, grouped, padding in CELLS:
+
+        @settings(max_examples=2 * DRAWS_PER_CELL)
+        @given(data=st.data())
+        def check(
+            data: st.DataObject,
+            width: int = width,
+            stride: int = stride,
+            grouped: bool = grouped,
+            padding: str = padding,
+        ) -> None:
+            nonlocal total
+            sides = data.draw(st.tuples(*[st.integers(0, 3) for _ in range(4)]))
+            if padding == "symmetric":
+                sides = (sides[0], sides[0], sides[1], sides[1])
+            elif sides[0] == sides[1] and sides[2] == sides[3]:
+                sides = (sides[0], sides[1] + 1, sides[2], sides[3])
+            others = data.draw(st.lists(st.sampled_from((0, 2, 4, 8, 32)), max_size=2))
+            case = data.draw(
+                conv_cases(
+                    options=(2, 4, 8, 32),
+                    bits=(*others, width),
+                    stride=(stride, stride),
+                    groups=data.draw(st.integers(2, 4)) if grouped else 1,
+                    padding=sides,
+                )
+            )
+            assert_matches_reference(build(case), backend)
+            total += 1
+            left, right, top, bottom = case.padding
+            kind = "symmetric" if (left, top) == (right, bottom) else "asymmetric"
+            seen[case.bits[-1], case.stride[0], case.groups > 1, kind] += 1
+
+        check()
+    assert total >= 500
+    assert set(seen) == set(CELLS)
+    assert min(seen.values()) >= DRAWS_PER_CELL, seen
+
+
+@every_backend
+@pytest.mark.parametrize("output_form", OUTPUT_FORMS)
+@pytest.mark.parametrize("residual_form", RESIDUAL_FORMS)
+@pytest.mark.parametrize("input_form", INPUT_FORMS)
+def test_every_combination_of_forms(
+    backend: str, input_form: str, residual_form: str | None, output_form: str
+) -> None:
+    if output_form == "in_place" and residual_form is None:
+        pytest.skip("nothing to add into")
+    case = ConvCase(
+        bits=(8, 0, 2, 32, 4, 0),
+        group_channels=5,
+        group_outputs=7,
+        input_form=input_form,
+        residual_form=residual_form,
+        output_form=output_form,
+        relu=True,
+    )
+    for seed, packed_weight in ((1, True), (2, False)):
+        built = build(replace(case, seed=seed, packed_weight=packed_weight))
+        assert_matches_reference(built, backend)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "case",
+    [
+        ConvCase(bits=()),
+        ConvCase(bits=(), output_form="own", input_form="packed"),
+        ConvCase(bits=(0, 0, 0)),
+        ConvCase(bits=(0, 0), residual_form="float", relu=True),
+        ConvCase(bits=(0, 0), residual_form="packed", output_form="in_place", relu=True),
+        ConvCase(bits=(2, 8, 4, 32), size=(1, 1), kernel=(1, 1), padding=(0, 0, 0, 0)),
+        ConvCase(bits=(2, 8, 4, 32), size=(1, 1), padding=(1, 2, 0, 3)),
+        ConvCase(bits=(2, 8, 4, 32), size=(1, 17), kernel=(1, 5), stride=(1, 2)),
+        ConvCase(bits=(2, 8, 4), group_channels=129, group_outputs=17, kernel=(1, 1)),
+        ConvCase(bits=(2, 8, 4), group_channels=64, group_outputs=64, size=(8, 8)),
+        ConvCase(bits=(2, 8, 4, 32), group_channels=1, groups=33, group_outputs=1, size=(7, 9)),
+        ConvCase(bits=(4, 2, 8, 32), group_channels=2, groups=3, dilation=(2, 3), size=(9, 11)),
+        ConvCase(bits=(4, 2, 8, 32), padding=(9, 0, 0, 7), kernel=(2, 3)),
+        ConvCase(bits=(8, 32, 2), group_channels=16, size=(70, 90), stride=(2, 1)),
+    ],
+    ids=lambda case: f"{case.bits}-{case.size}-{case.kernel}",
+)
+def test_corner(backend: str, case: ConvCase) -> None:
+    assert_matches_reference(build(case), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_at_top", [False, True])
+def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: bool) -> None:
+    """Codes and levels all at one extreme, where 16-bit pair sums would overflow."""
+    top = (1 << bits) - 1
+    case = ConvCase(bits=(bits,), options=(bits,), centred=(False,), group_channels=64, size=(6, 6))
+    built = build(case)
+    zero_point = torch.tensor([top if zero_at_top else 0], dtype=torch.int32)
+    quantizer = Quantizer((bits,), torch.ones(1), zero_point)
+    x = torch.full((1, 64, 6, 6), -1e9 if zero_at_top else 1e9)
+    weight = torch.full(built.weight.shape, -1e9)
+    scales = torch.ones(1, weight.shape[0])
+    packed_weight = dfs_kernels.PackedConvWeight.from_float(weight, scales, (bits,), {bits: "twos"})
+    built = replace(
+        built,
+        input=x,
+        input_quantizer=quantizer,
+        weight=weight,
+        packed_weight=packed_weight,
+        mul=None,
+        add=None,
+        bias=None,
+    )
+    assert_matches_reference(built, backend)
+    out = run(built, backend).out
+    assert isinstance(out, Tensor)
+    interior = 64 * 9 * top * (1 << (bits - 1)) * (1 if zero_at_top else -1)
+    assert out[0, 0, 2, 2].item() == interior
+
+
+@every_backend
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_special_values_quantize_alike(backend: str, bits: int) -> None:
+    tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    specials = [torch.nan, torch.inf, -torch.inf, huge, -huge, tiny, -tiny, tiny / 2, 0.0, -0.0]
+    x = torch.tensor(specials).repeat(2)[None, :, None, None].expand(1, 20, 2, 2).contiguous()
+    for scale in (2.0**-126, 1e-20, 0.3, 2.0**126):
+        for zero_point in (0, 1, (1 << bits) - 1):
+            quantizer = Quantizer(
+                (bits,), torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
+            )
+            width = torch.tensor([bits], dtype=torch.int32)
+            expected = pack(x, width, quantizer)
+            got = PackedActivation(
+                torch.full_like(expected.data, 0xA5),
+                width,
+                quantizer.scale,
+                quantizer.zero_point,
+                (bits,),
+                20,
+                2,
+                2,
+            )
+            load(backend).quantize_pack(x, got)
+            assert torch.equal(got.data, expected.data)
+
+
+@every_backend
+@settings(max_examples=60)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    channels=st.integers(1, 40),
+    rows=st.integers(0, 5),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_packing(backend: str, bits: int, channels: int, rows: int, signed: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
+    codes = torch.randint(low, high, (rows, channels), generator=generator)
+    codes = codes.to(torch.int8 if signed else torch.uint8)
+    if rows:
+        codes[0, 0], codes[-1, -1] = low, high - 1
+    packed = load(backend).pack_bits(codes, bits)
+    assert torch.equal(packed, reference.pack_bits(codes, bits))
+    back = load(backend).unpack_bits(packed, bits, channels, signed)
+    assert back.dtype == codes.dtype
+    assert torch.equal(back, codes)
+
+
+@every_backend
+@settings(max_examples=60)
+@given(
+    channels=st.integers(1, 17),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    bits=st.lists(st.sampled_from([0, 2, 4, 8, 32]), max_size=4),
+    form=st.sampled_from(["contiguous", "channels_last", "strided"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_quantize_pack_and_unpack_dequantize(
+    backend: str, channels: int, size: tuple[int, int], bits: list[int], form: str, seed: int
+) -> None:
+    case = ConvCase(
+        bits=tuple(bits),
+        group_channels=channels,
+        size=size,
+        kernel=(1, 1),
+        padding=(0, 0, 0, 0),
+        input_form=form,
+        seed=seed,
+    )
+    built = build(case)
+    assert isinstance(built.input, Tensor)
+    assert built.input_quantizer is not None
+    quantizer = built.input_quantizer
+    expected = pack(built.input, built.bits, quantizer)
+    got = replace(expected, data=torch.full_like(expected.data, 0xA5))
+    load(backend).quantize_pack(built.input, got)
+    for n in range(len(bits)):
+        assert torch.equal(sample_bits(got, n), sample_bits(expected, n))
+    values = load(backend).unpack_dequantize(got)
+    assert torch.equal(as_bits(values), as_bits(reference.unpack_dequantize(expected)))
+
+
+@every_backend
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 3), st.integers(1, 3)),
+    bits=st.sampled_from([2, 4, 8]),
+    centred=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_quantize_weight(
+    backend: str, shape: tuple[int, int, int, int], bits: int, centred: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    reach = 1 << (bits - 1)
+    scale = 2.0 ** torch.randint(-126, 120, (shape[0],), generator=generator)
+    codes = torch.randint(-2 * reach - 3, 2 * reach + 3, shape, generator=generator) / 2
+    weight = codes * scale.view(-1, 1, 1, 1)
+    rows = (shape[0], *shape[2:], (shape[1] * bits + 7) // 8)
+    expected = torch.full(rows, 0x5A, dtype=torch.uint8)
+    load("reference").quantize_weight(weight, scale, bits, centred, expected)
+    got = torch.full(rows, 0xA5, dtype=torch.uint8)
+    load(backend).quantize_weight(weight, scale, bits, centred, got)
+    assert torch.equal(got, expected)
+
+
+@every_backend
+@pytest.mark.usefixtures("poisoned_memory")
+@settings(max_examples=60)
+@given(case=conv_cases(options=(2, 4, 8, 32), centred=(True, False, False, False)))
+def test_public_function(backend: str, case: ConvCase) -> None:
+    built = build(case)
+    arguments = built.arguments()
+    if case.output_form == "in_place":
+        arguments["residual"] = run(replace_output(built), "reference").out
+    expected = mixed_conv2d(**arguments, backend="reference")
+    got = mixed_conv2d(**arguments, backend=backend)
+    assert type(got) is type(expected)
+    assert got.shape == case.output_shape
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):
+        assert got.stride() == expected.stride()
+    for n, width in enumerate(case.bits):
+        if width == 32 and case.output_form != "in_place":
+            assert within_bound(built, got, n)
+        elif width != 32:
+            assert torch.equal(sample_bits(got, n), sample_bits(expected, n))
+
+
+def replace_output(built):  # type: ignore[no-untyped-def]
+    return replace(built, case=replace(built.case, output_form="float"), output_quantizer=None)
+
+
+@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+@settings(max_examples=40)
+@given(case=conv_cases(options=(2, 4, 8, 32), centred=(True, False, False, False)))
+def test_in_place_equals_out_of_place(backend: str, case: ConvCase) -> None:
+    """For a float residual; a packed one is requantized with its own steps."""
+    case = replace(case, residual_form="float", output_form="float")
+    arguments = build(case).arguments()
+    expected = mixed_conv2d(**arguments, backend=backend)
+    target = arguments["residual"].clone()
+    assert mixed_conv2d_(**{**arguments, "residual": target}, backend=backend) is None
+    assert torch.equal(as_bits(target), as_bits(expected))
+
+
+@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_place_on_the_input_itself(backend: str, width: int, packed: bool) -> None:
+    """Large enough to be worked on in several bands and by several threads."""
+    torch.set_num_threads(2)
+    values = torch.randn(2, 8, 96, 96)
+    bits = torch.full((2,), width, dtype=torch.int32)
+    quantizer = Quantizer((8, 32), torch.tensor([0.05, 1.0]), torch.tensor([128, 0]).int())
+    x = pack(values, bits, quantizer) if packed else values
+    weight = torch.randn(8, 8, 3, 3)
+    arguments = {
+        "weight": weight,
+        "bits": bits,
+        "input_scale": quantizer.scale,
+        "input_zero_point": quantizer.zero_point,
+        "weight_scale": torch.full((2, 8), 0.05),
+        "bit_options": (8, 32),
+        "padding": 1,
+        "backend": backend,
+    }
+    apart = x.clone()
+    mixed_conv2d_(x, residual=apart, **arguments)
+    mixed_conv2d_(x, residual=x, **arguments)
+    for n in range(2):
+        assert torch.equal(sample_bits(x, n), sample_bits(apart, n))
+
+
+@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+def test_a_sample_does_not_depend_on_the_batch_or_the_threads(backend: str) -> None:
+    widths = (32, 8, 0, 2, 4, 32, 8, 2, 4, 32, 0)
+    for seed, residual_form, output_form in (
+        (1, None, "float"),
+        (2, "packed", "own"),
+        (3, "float", "fixed"),
+    ):
+        case = ConvCase(
+            bits=widths,
+            group_channels=13,
+            group_outputs=6,
+            groups=2,
+            size=(19, 23),
+            residual_form=residual_form,
+            output_form=output_form,
+            seed=seed,
+        )
+        built = build(case)
+        torch.set_num_threads(1)
+        whole = run(built, backend).out
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            again = run(built, backend).out
+            for n in range(len(widths)):
+                assert torch.equal(sample_bits(again, n), sample_bits(whole, n))
+            for chosen in ([4, 0, 9, 2, 5, 1, 3], [5], list(reversed(range(len(widths))))):
+                part = run(subset(built, chosen), backend).out
+                for row, n in enumerate(chosen):
+                    assert torch.equal(sample_bits(part, row), sample_bits(whole, n))
+
+
+def subset(built, chosen: list[int]):  # type: ignore[no-untyped-def]
+    """The same case with some of its samples, in another order."""
+
+    def pick(x: Tensor | PackedActivation | None) -> Tensor | PackedActivation | None:
+        if isinstance(x, PackedActivation):
+            return replace(x, data=x.data[chosen], bits=x.bits[chosen])
+        return None if x is None else x[chosen]
+
+    case = replace(built.case, bits=tuple(built.case.bits[n] for n in chosen))
+    return replace(
+        built,
+        case=case,
+        input=pick(built.input),
+        bits=built.bits[chosen],
+        residual=pick(built.residual),
+        output_bits=built.output_bits[chosen],
+    )
+
+
+@every_backend
+def test_a_skipped_sample_is_not_read(backend: str) -> None:
+    """Its input may hold anything: a row of a packed 0-bit sample is not even initialised."""
+    case = ConvCase(bits=(0, 4), residual_form="float")
+    built = build(case)
+    clean = run(built, backend).out
+    assert isinstance(built.input, Tensor)
+    dirty = built.input.clone()
+    dirty[0] = torch.nan
+    again = run(replace(built, input=dirty), backend).out
+    assert torch.equal(as_bits(again), as_bits(clean))
+
+
+@every_backend
+def test_packed_rows_ignore_the_bytes_beyond_a_samples_width(backend: str) -> None:
+    case = ConvCase(bits=(2, 4), input_form="packed")
+    built = build(case)
+    assert isinstance(built.input, PackedActivation)
+    clean = run(built, backend).out
+    data = built.input.data.clone()
+    for n, width in enumerate(case.bits):
+        data[n, row_bytes((width,), *built.input.shape[1:]) :] = 0xFF
+    again = run(replace(built, input=replace(built.input, data=data)), backend).out
+    assert torch.equal(as_bits(again), as_bits(clean))
+
+
+# Instruction sets
+
+
+def run_python(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    environment.pop("DFS_CPU_ISA", None)
+    if isa is not None:
+        environment["DFS_CPU_ISA"] = isa
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def supported_isas() -> list[str]:
+    cpu = pytest.importorskip("dfs_kernels._cpu")
+    isas: list[str] = cpu.supported_isas()
+    return isas
+
+
+def test_the_scalar_path_is_always_there() -> None:
+    assert supported_isas()[0] == "scalar"
+    assert len(set(supported_isas())) == len(supported_isas())
+
+
+def test_every_isa_can_be_forced_and_matches() -> None:
+    code = """
+import os
+from tests.kernels.cases import ConvCase, assert_matches_reference, build
+from dfs_kernels import _cpu
+assert _cpu.isa() == os.environ["DFS_CPU_ISA"], _cpu.isa()
+for seed in range(6):
+    for channels, outputs, groups in ((3, 5, 1), (16, 16, 1), (1, 1, 17), (33, 7, 2)):
+        case = ConvCase(
+            bits=(8, 2, 0, 4, 32), group_channels=channels, group_outputs=outputs, groups=groups,
+            size=(9, 10), padding=(2, 1, 0, 1), seed=seed, residual_form="packed",
+            output_form="own", input_form=("packed", "contiguous", "requantized")[seed % 3],
+        )
+        assert_matches_reference(build(case), "cpu")
+print("matched")
+"""
+    for isa in supported_isas():
+        done = run_python(code, isa)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "matched"
+
+
+def test_set_isa_within_a_process_matches() -> None:
+    cpu = pytest.importorskip("dfs_kernels._cpu")
+    before = cpu.isa()
+    built = build(ConvCase(bits=(8, 2, 0, 4, 32), group_channels=19, group_outputs=9))
+    try:
+        for isa in cpu.supported_isas():
+            cpu.set_isa(isa)
+            assert cpu.isa() == isa
+            assert_matches_reference(built, "cpu")
+    finally:
+        cpu.set_isa(before)
+
+
+def test_an_unknown_isa_is_refused_with_those_that_exist() -> None:
+    cpu = pytest.importorskip("dfs_kernels._cpu")
+    with pytest.raises(ValueError, match=r"DFS_CPU_ISA.*'sse9'.*only: scalar"):
+        cpu.set_isa("sse9")
+    done = run_python("from dfs_kernels import _cpu; _cpu.isa()", "sse9")
+    assert done.returncode != 0
+    assert "DFS_CPU_ISA is 'sse9'" in done.stderr
+    assert "scalar" in done.stderr
+
+
+def test_without_dfs_cpu_isa_the_best_is_taken() -> None:
+    done = run_python("from dfs_kernels import _cpu; print(_cpu.isa())", None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == supported_isas()[-1]
