@@ -1,4 +1,4 @@
-"""One mixed-bitwidth convolution as the backends see it: checked, with nothing optional left open."""
+"""One mixed-bitwidth convolution as the backends see it: checked, nothing optional left open."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -371,7 +372,9 @@ class _Prepared:
             check_float_weight(weight)
             if weight.device != device:
                 raise ValueError(f"weight is on {weight.device}, but the input is on {device}")
-            options = _float_weight_options(weight_scale, input_scale, mul, add, bit_options, all_32)
+            options = _float_weight_options(
+                weight_scale, input_scale, mul, add, bit_options, all_32
+            )
             shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
             centred = tuple(kind == "centred" for kind in resolve_levels(options))
             data = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
@@ -572,9 +575,7 @@ def _infer_options(
         return check_options(single, "bits")
     if length in _OPTIONS_BY_LENGTH:
         return _OPTIONS_BY_LENGTH[length]
-    raise ValueError(
-        f"{name} does not tell its widths; give a dict keyed by width, or bit_options"
-    )
+    raise ValueError(f"{name} does not tell its widths; give a dict keyed by width, or bit_options")
 
 
 def _float_weight_options(
@@ -617,7 +618,7 @@ def _quantizer(
     return Quantizer(options, steps, zeros)
 
 
-def _only(values: PerWidth, bits: int, options: tuple[int, ...]) -> PerWidth:
+def _only(values: Any, bits: int, options: tuple[int, ...]) -> Any:
     """The one entry of per-width values that a fixed output width needs."""
     if isinstance(values, Mapping):
         return {bits: values[bits]} if bits in values else values

@@ -110,7 +110,7 @@ class ConvGeometry:
         return self.group_channels * self.kernel_h * self.kernel_w
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(OH, OW) for an input of ``height`` x ``width``; ValueError if the kernel does not fit."""
+        """(OH, OW) for an input of ``height`` x ``width``; ValueError if the kernel can't fit."""
         span_h = self.dilation_h * (self.kernel_h - 1) + 1
         span_w = self.dilation_w * (self.kernel_w - 1) + 1
         room_h = height + self.pad_top + self.pad_bottom - span_h

@@ -4,7 +4,8 @@ Ops take tensors and scalars only; :mod:`dfs_kernels.functional` flattens the cl
 checks what can be checked without reading values. Arguments are passed by name, the tensors among
 them positional in the schema because autograd formulas can't see keyword-only tensors.
 
-Width lists are ``int[]`` named after what they index. ``output_bits`` is -1 for "each sample's own".
+Width lists are ``int[]``, named after what they index. An ``output_bits`` of -1 stands for each
+sample's own.
 """
 
 from __future__ import annotations
@@ -423,9 +424,9 @@ def mixed_conv2d_inplace_op(*tensors: Any, **scalars: Any) -> None:
     a = _named(_INPLACE_TENSORS, tensors, scalars)
     target = _residual_of(a)
     assert target is not None
-    if a.input.untyped_storage().data_ptr() == a.residual.untyped_storage().data_ptr():
-        # Windows would read what has been added to already.
-        a.input = a.input.clone()
+    memory = a.residual.untyped_storage().data_ptr()
+    if memory != 0 and memory == a.input.untyped_storage().data_ptr():
+        raise ValueError("residual shares memory with the input, which is still being read")
     call = _build_call(a, target)
     _check_call(call)
     backends.load(a.backend).mixed_conv2d(call, target)
@@ -562,8 +563,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients.get(name) for name in _CONV_TENSORS)
 
 
+# No autocast rule: functional.py passes float32, which a custom op gets as it is.
 mixed_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
-
-for _op in (mixed_conv2d_op, mixed_conv2d_inplace_op, quantize_pack_op):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)

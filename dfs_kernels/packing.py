@@ -220,7 +220,7 @@ class PackedConvWeight:
     bit_options: tuple[int, ...]
     levels: tuple[str, ...]
     shape: tuple[int, int, int, int]
-    _tiles: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+    _tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def from_float(
@@ -304,12 +304,14 @@ class PackedConvWeight:
 
     def tiles(self, backend: str, geometry: ConvGeometry) -> Tensor | None:
         """A backend's private re-tiled copy for one use, made once and kept, never saved."""
-        key = (backend, geometry.groups)
-        if key not in self._tiles:
-            from dfs_kernels import backends
+        from dfs_kernels import backends
 
-            if backends.load(backend).tile_bytes(geometry, self.bit_options) == 0:
-                return None
+        module = backends.load(backend)
+        variant = module.tile_variant()
+        if variant is None:
+            return None
+        key = (backend, variant, geometry.groups)
+        if key not in self._tiles:
             self._tiles[key] = torch.ops.dfs.retile_weight(
                 self.buffer,
                 self.scales,
@@ -387,8 +389,10 @@ class PackedConvWeight:
                     f"got {codes.dtype} {tuple(codes.shape)}"
                 )
             layout.segment(buffer, bits).copy_(codes)
-            if bits == 32 and not bool(torch.isfinite(codes.contiguous().view(torch.float32)).all()):
-                raise ValueError("packed weight: codes_32 holds values that are not finite")
+            if bits == 32:
+                values = codes.contiguous().view(torch.float32)
+                if not bool(torch.isfinite(values).all()):
+                    raise ValueError("packed weight: codes_32 holds values that are not finite")
         kinds = tuple("centred" if c else "twos" for c in centred)
         return PackedConvWeight(buffer, scales.clone(), options, kinds, shape)
 
@@ -442,7 +446,8 @@ def per_width(
         TypeError, ValueError: naming ``name``.
     """
     if isinstance(values, (int, float)) and not isinstance(values, bool):
-        values = {b: float(values) if dtype.is_floating_point else values for b in options if b != 32}
+        number = float(values) if dtype.is_floating_point else values
+        values = {b: number for b in options if b != 32}
         if len(values) > 1:
             raise ValueError(f"{name} must give a value for each of the widths {tuple(options)}")
     if isinstance(values, Mapping):

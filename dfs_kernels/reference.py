@@ -168,9 +168,9 @@ def affine(
     one = torch.ones(out_channels, dtype=torch.float64, device=acc.device)
     gain = one if mul is None else mul.double()
     m = (one * step * gain).to(dtype)
-    c = ((0.0 if bias is None else bias.double()) * gain + (0.0 if add is None else add.double())).to(
-        dtype
-    )
+    offset = 0.0 * gain if bias is None else bias.double() * gain
+    # Adding 0 too: it makes the -0 of a negative gain 0.
+    c = (offset + (0.0 if add is None else add.double())).to(dtype)
     return acc.to(dtype) * m.view(1, -1, 1, 1) + c.view(1, -1, 1, 1)
 
 
@@ -189,9 +189,9 @@ def input_gradient(
     lo = -zero_point.to(x.dtype)
     hi = activation_max(bits) - zero_point.to(x.dtype)
     inside = (lo <= t) & (t <= hi)
-    slope = torch.where(inside, torch.round(t) - t, torch.fmin(torch.fmax(t, lo), hi))
+    slope = torch.where(inside, torch.round(t) - t, t.clamp(lo, hi))
     share = (x.numel() * activation_max(bits)) ** -0.5
-    return grad_xq * inside, (grad_xq * slope).double().sum().to(x.dtype) * share
+    return grad_xq * inside, (grad_xq * slope).sum(dtype=torch.float64).to(x.dtype) * share
 
 
 def weight_gradient(
@@ -210,7 +210,9 @@ def weight_gradient(
     rounded = torch.floor(t) + offset if centred else torch.round(t)
     slope = torch.where(inside, rounded - t, shifted.clamp(lo, hi) + offset)
     share = (weight[0].numel() << (bits - 1)) ** -0.5
-    return grad_wq * inside, (grad_wq * slope).double().flatten(1).sum(1).to(weight.dtype) * share
+    return grad_wq * inside, (grad_wq * slope).flatten(1).sum(1, dtype=torch.float64).to(
+        weight.dtype
+    ) * share
 
 
 def conv2d_backward(
@@ -316,10 +318,12 @@ def mixed_conv2d_backward(
         wq = _weight_values(weight, i).to(x.dtype)
         grad_xq, grad_conv = conv2d_backward(gb, xq, wq * gain.view(-1, 1, 1, 1), call.geometry)
         grad_wq = grad_conv * gain.view(-1, 1, 1, 1)
-        grad_add[i] = gb.double().sum((0, 2, 3)).to(x.dtype)
-        grad_mul[i] = (wq * grad_conv).double().flatten(1).sum(1).to(x.dtype)
-        if call.bias is not None:
-            grad_mul[i] += call.bias.to(x.dtype) * grad_add[i]
+        if wanted.add or wanted.mul:
+            grad_add[i] = gb.sum((0, 2, 3), dtype=torch.float64).to(x.dtype)
+        if wanted.mul:
+            grad_mul[i] = (wq * grad_conv).flatten(1).sum(1, dtype=torch.float64).to(x.dtype)
+            if call.bias is not None:
+                grad_mul[i] += call.bias.to(x.dtype) * grad_add[i]
         if bits == 32:
             grad_x[rows] = grad_xq
             grad_weight += grad_wq

@@ -68,7 +68,9 @@ class DataSplits:
             offsets = torch.randint(2 * self.shift + 1, (count, 2), generator=generator)
             rows = offsets[:, :1] + torch.arange(height)
             columns = offsets[:, 1:] + torch.arange(width)
-            picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None]]
+            picked = padded[
+                torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None]
+            ]
             images = picked.permute(0, 3, 1, 2).contiguous()
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
@@ -82,9 +84,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def training_batch(
-    data: DataSplits, subset: ImageSet, size: int, seed: int, step: int
-) -> ImageSet:
+def training_batch(data: DataSplits, subset: ImageSet, size: int, seed: int, step: int) -> ImageSet:
     """The augmented batch of a step, a function of its arguments alone.
 
     Epochs drop the images that do not fill a last batch.

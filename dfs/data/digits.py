@@ -30,9 +30,7 @@ def load_digits(seed: int = 0) -> DataSplits:
     images = torch.from_numpy(raw.images).float()[:, None] / _LARGEST_PIXEL
     images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False)
     everything = ImageSet(images, torch.from_numpy(raw.target).long())
-    order = torch.randperm(
-        len(everything), generator=torch.Generator().manual_seed(_SPLIT_SEED)
-    )
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     test, val, rest = order[:_TEST], order[_TEST : _TEST + _VAL], order[_TEST + _VAL :]
     shuffled = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
     gates = len(rest) // 10

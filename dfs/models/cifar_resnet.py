@@ -258,8 +258,8 @@ class DynamicResNet(nn.Module):
             return block(target(stem), UNGATED_BITS)
         if self._folded is None:
             self._folded = FoldedConv(self.stem, self.bn_stem)
-        stem = self._folded(x, UNGATED_BITS, activation="relu", **target.output_arguments())
-        return block.run_packed(stem, UNGATED_BITS)
+        written = self._folded(x, UNGATED_BITS, activation="relu", **target.output_arguments())
+        return block.run_packed(written, UNGATED_BITS)
 
     def decide(
         self,
@@ -388,4 +388,3 @@ def _initialise(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-

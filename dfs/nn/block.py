@@ -33,7 +33,10 @@ class FoldedConv:
         pick = [conv.bit_options.index(b) for b in options if b != 32]
         self.input_scale = conv.quantizer.input_scale().detach()[pick]
         self.input_zero_point = conv.quantizer.input_zero_point()[pick]
-        self.mul, self.add = norm.folded() if norm is not None else (None, None)
+        self.mul: Tensor | None = None
+        self.add: Tensor | None = None
+        if norm is not None:
+            self.mul, self.add = norm.folded()
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.stride: tuple[int, int] = conv.stride  # type: ignore[assignment]
         self.padding: tuple[int, int] = conv.padding  # type: ignore[assignment]
@@ -189,4 +192,3 @@ class ResidualBlock(nn.Module):
             if self.downsamples:
                 self._folded["shortcut"] = FoldedConv(self.shortcut, self.bn_shortcut)
         return self._folded
-

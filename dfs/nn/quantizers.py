@@ -101,9 +101,10 @@ class LSQ(Quantizer):
     def observe(self, x: Tensor) -> None:
         if self._ready or x.numel() == 0:
             return
-        if not bool(self.initialised):
-            self.input_step.copy_(self._steps_for(x.detach().float().abs().mean()))
-            self.initialised.fill_(True)
+        # Decided without looking at the value, which would synchronise and break a compiled graph.
+        steps = self._steps_for(x.detach().float().abs().mean())
+        self.input_step.copy_(torch.where(self.initialised, self.input_step, steps))
+        self.initialised.fill_(True)
         self._ready = True
 
     @torch.no_grad()

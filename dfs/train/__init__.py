@@ -2,6 +2,6 @@
 
 from dfs.train.config import TrainConfig
 from dfs.train.evaluate import Evaluation, evaluate
-from dfs.train.trainer import StageFailed, Trainer
+from dfs.train.trainer import StageError, Trainer
 
-__all__ = ["Evaluation", "StageFailed", "TrainConfig", "Trainer", "evaluate"]
+__all__ = ["Evaluation", "StageError", "TrainConfig", "Trainer", "evaluate"]

@@ -81,9 +81,7 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         sample(module.stream, output)
 
     hooks = [
-        m.register_forward_pre_hook(watch_conv)
-        for m in model.modules()
-        if isinstance(m, DFSConv2d)
+        m.register_forward_pre_hook(watch_conv) for m in model.modules() if isinstance(m, DFSConv2d)
     ]
     hooks += [
         m.register_forward_hook(watch_block)

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed, read without running code, refused when they don't fit."""
+"""Checkpoints: written beside and renamed, read without running code, refused if they don't fit."""
 
 from __future__ import annotations
 

@@ -31,9 +31,7 @@ class CostController:
     def update(self, cost: float, progress: float) -> None:
         """See the mean cost of a batch."""
         self.average = (
-            cost
-            if self.average is None
-            else _EMA_DECAY * self.average + (1 - _EMA_DECAY) * cost
+            cost if self.average is None else _EMA_DECAY * self.average + (1 - _EMA_DECAY) * cost
         )
         change = _RATE * (self.average / self.target_at(progress) - 1)
         self.weight = min(max(self.weight + change, 0.0), _LAMBDA_MAX)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfs.cost import BitOps, PaperCost
+from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import ImageSet
 from dfs.models import DynamicResNet, PlainResNet
 from dfs.models.cifar_resnet import Policy
@@ -76,7 +76,7 @@ def evaluate(
     for _ in range(_TIMED_PASSES):
         start = time.perf_counter()
         for batch in images.batches(batch_size):
-            _ = model(batch.images, policy) if isinstance(model, DynamicResNet) else model(batch.images)
+            _logits(model, batch.images, policy)
         passes.append((time.perf_counter() - start) / len(images) * 1e3)
     paper = bitops = 1.0
     if isinstance(model, DynamicResNet):
@@ -105,20 +105,21 @@ def accuracy(
     model.eval()
     correct = 0
     for batch in images.batches(batch_size):
-        if isinstance(model, DynamicResNet):
-            logits = model(batch.images, policy)
-        else:
-            logits = model(batch.images)
+        logits = _logits(model, batch.images, policy)
         correct += int((logits.argmax(1) == batch.labels).sum())
     return correct / len(images)
 
 
 @torch.no_grad()
-def mean_cost(model: DynamicResNet, images: ImageSet, cost: object, batch_size: int = 256) -> float:
+def mean_cost(model: DynamicResNet, images: ImageSet, cost: Cost, batch_size: int = 256) -> float:
     """Mean cost of the gate's hard decisions."""
     model.eval()
-    assert callable(cost)
     total = 0.0
     for batch in images.batches(batch_size):
         total += float(cost(model.run(batch.images).mask).double().sum())
     return total / len(images)
+
+
+def _logits(model: DynamicResNet | PlainResNet, images: Tensor, policy: Policy) -> Tensor:
+    result: Tensor = model(images, policy) if isinstance(model, DynamicResNet) else model(images)
+    return result

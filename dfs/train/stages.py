@@ -35,7 +35,7 @@ _MOMENTUM = 0.9
 _GATE_SEED_SHIFT = 17
 
 
-class StageFailed(RuntimeError):
+class StageError(RuntimeError):
     """A stage ended without reaching what the next one needs."""
 
 
@@ -62,7 +62,7 @@ class Stage:
         raise NotImplementedError
 
     def finish(self) -> dict[str, float]:
-        """Called after the last step; StageFailed if the result is not good enough."""
+        """Called after the last step; StageError if the result is not good enough."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class SwitchStage(Stage):
         for width, points in config.exit_points:
             reached = results.get(f"val_accuracy_{width}")
             if reached is not None and reached < full - points / 100:
-                raise StageFailed(
+                raise StageError(
                     f"{self.name}: at {width} bits the validation accuracy is {reached:.2%}, more "
                     f"than {points} points below the float network's {full:.2%}"
                 )
@@ -416,7 +416,7 @@ class SettleStage(Stage):
             "batchnorm_kept": float(len(kept)),
         }
         if abs(reached / config.target - 1) > config.cost_tolerance:
-            raise StageFailed(
+            raise StageError(
                 f"{self.name}: the validation cost is {reached:.3%}, more than "
                 f"{config.cost_tolerance:.0%} off the target of {config.target:.3%}"
             )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +15,9 @@ from dfs.data import DataSplits, load_dataset
 from dfs.models import DynamicResNet, PlainResNet, build_model
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly, save_checkpoint
 from dfs.train.config import TrainConfig
-from dfs.train.stages import STAGES, Stage, StageFailed
+from dfs.train.stages import STAGES, Stage, StageError
 
-__all__ = ["SHARED_STAGES", "StageFailed", "Trainer"]
+__all__ = ["SHARED_STAGES", "StageError", "Trainer"]
 
 # S0 to S2 know nothing of the cost target: every target starts from their result.
 SHARED_STAGES = 3
@@ -57,6 +57,9 @@ class Trainer:
         self.step = 0
         self.results: dict[str, dict[str, float]] = {}
         self._stage: Stage | None = None
+        # Lines written after the last checkpoint belong to steps that are done again.
+        self._metrics_size = 0
+        self._metrics_open = False
 
     @property
     def cost(self) -> Cost:
@@ -102,7 +105,7 @@ class Trainer:
             Whether it got there.
 
         Raises:
-            StageFailed: a stage's exit check did not pass; its checkpoint is kept.
+            StageError: a stage's exit check did not pass; its checkpoint is kept.
         """
         last = len(STAGES) if until is None else until
         taken = 0
@@ -149,6 +152,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "stage_state": stage,
                 "results": self.results,
+                "metrics_size": self._metrics_size,
             },
         )
 
@@ -168,6 +172,7 @@ class Trainer:
             load_exactly(trainer.model, content["model"], f"{path}: model")
             trainer.stage_index, trainer.step = content["stage"], content["step"]
             trainer.results = content["results"]
+            trainer._metrics_size = content["metrics_size"]
             if trainer.step:
                 trainer._current().load_state_dict(content["stage_state"])
         except (KeyError, TypeError) as error:
@@ -183,22 +188,21 @@ class Trainer:
             self._stage = stage_type(self)
         return self._stage
 
-    def _log(
-        self, stage: str, step: int, measured: dict[str, float], final: bool = False
-    ) -> None:
+    def _log(self, stage: str, step: int, measured: dict[str, float], final: bool = False) -> None:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {"stage": stage, "step": step, "final": final, **measured}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        if not self._metrics_open:
+            path.touch()
+            os.truncate(path, min(self._metrics_size, path.stat().st_size))
+            self._metrics_open = True
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            self._metrics_size = file.tell()
 
 
 def stage_names() -> Sequence[str]:
     """The stages in order."""
     return [stage.name for stage in STAGES]
-
-
-def stage_state(trainer: Trainer) -> dict[str, Any]:
-    """State of the stage that is under way; empty between stages."""
-    return {} if trainer._stage is None else trainer._stage.state_dict()

@@ -15,7 +15,7 @@ from dfs_kernels.packing import PackedActivation, PackedConvWeight, Quantizer, W
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
-    from dfs_kernels import _cpu
+    import dfs_kernels._cpu as _cpu
 
     _IMPORT_ERROR: str | None = None
 except ImportError as error:
@@ -89,6 +89,13 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out
     )
 
 
+@torch.compiler.assume_constant_result
+def tile_variant() -> str:
+    """The instruction set that the tiles are made for."""
+    isa: str = _cpu.isa()
+    return isa
+
+
 def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:
     return _tile_offsets(_geometry(geometry), options)[-1]
 
@@ -96,7 +103,8 @@ def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:
 def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry) -> Tensor:
     native = _geometry(geometry)
     offsets = _tile_offsets(native, weight.bit_options)
-    tiles = torch.empty(offsets[-1], dtype=torch.uint8)
+    # Zeros, so that the gaps between the widths are the same every time.
+    tiles = torch.zeros(offsets[-1], dtype=torch.uint8)
     for i, bits in enumerate(weight.bit_options):
         _retile(native, weight.packed(bits), bits, weight.centred[i], tiles[offsets[i] :])
     return tiles

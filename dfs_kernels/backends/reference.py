@@ -30,6 +30,7 @@ __all__ = [
     "retile_weight",
     "supports",
     "tile_bytes",
+    "tile_variant",
     "unavailable_reason",
     "unpack_bits",
     "unpack_dequantize",
@@ -51,6 +52,10 @@ def info() -> dict[str, Any]:
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:
     codes = reference.quantize_weight(weight, bits, scale, centred)
     out.copy_(pack_bits(codes.permute(0, 2, 3, 1), bits))
+
+
+def tile_variant() -> str | None:
+    return None
 
 
 def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:

@@ -1,0 +1,304 @@
+"""The ``dfs`` command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import dfs
+from dfs.report import ResultRow, results_table
+from dfs.train import StageError, TrainConfig, Trainer, evaluate
+from dfs.train.checkpoint import CheckpointError
+from dfs.train.config import PRESETS
+from dfs.train.trainer import stage_names
+
+USER_ERROR = 2
+RUN_FAILED = 1
+
+app = typer.Typer(
+    name="dfs",
+    help="Train, look at and run networks that choose a bitwidth per image and block.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Older releases of typer take this class from click, newer ones carry it themselves.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake prints one line and exits with 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message(), USER_ERROR)
+    except (UserError, CheckpointError) as error:
+        _fail(str(error), USER_ERROR)
+    except StageError as error:
+        _fail(str(error), RUN_FAILED)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"dfs: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, table and plot.")] = Path(
+        "runs/demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Train a small dynamic network on scanned digits to two cost targets and compare."""
+    from dfs.demo import run_demo
+
+    with _run_control() as control:
+        result = run_demo(out, control.progress, control.stopping)
+    if result is None:
+        raise typer.Exit(_stopped(out))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        console = Console()
+        console.print(result.table())
+        console.print(f"Layer-wise decisions: {result.plot}", soft_wrap=True)
+        console.print(f"The same figures for machines: {result.results}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    preset: Annotated[str, typer.Option(help="Settings to start from.")] = "digits",
+    target: Annotated[
+        float | None, typer.Option(help="Cost target as a fraction of full precision.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Such as resnet20: depth 6n + 2.")] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Widths on offer, such as 0,2,4,8 or 0,2,4,8,32.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as name=value; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a dynamic network to a cost target, stage by stage; can be stopped and resumed."""
+    given = {"target": target, "model": model, "choices": choices, "seed": seed}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    checkpoint = out / "checkpoint.pt"
+    if resume:
+        if overrides or setting:
+            raise UserError("--resume takes its settings from the run; give no others")
+        trainer = Trainer.load(out)
+    else:
+        if checkpoint.exists():
+            raise UserError(f"{out} already holds a run; use --resume, or another --out")
+        trainer = _make_trainer(_configure(preset, overrides, setting or []), out)
+    with _run_control() as control:
+        finished = trainer.run(None, control.progress, control.stopping)
+    if not finished:
+        raise typer.Exit(_stopped(out))
+    _report_run(trainer, "test", as_json)
+
+
+@app.command(name="eval")
+def evaluate_run(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Accuracy, cost and measured time of a trained run, beside its static variants."""
+    if split not in ("val", "test"):
+        raise UserError(f"--split must be val or test, got {split!r}")
+    trainer = Trainer.load(run)
+    if not trainer.done:
+        raise UserError(
+            f"{run} is not finished: it is in stage {stage_names()[trainer.stage_index]!r}; "
+            "dfs train --resume goes on with it"
+        )
+    _report_run(trainer, split, as_json)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """What this machine runs on: backends, instruction set, threads, GPU."""
+    from dfs_kernels import available_backends, backend_info
+
+    try:
+        backends = backend_info()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {
+        "version": dfs.__version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "available_backends": list(available_backends()),
+        "backends": backends,
+        "gpus": gpus,
+        "cuda_module": _cuda_module(),
+    }
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(title=f"dfs {dfs.__version__}", title_justify="left", show_header=False)
+    for name, value in found.items():
+        if name == "backends":
+            for backend, details in backends.items():
+                table.add_row(f"backend {backend}", _describe(details))
+        elif name != "version":
+            table.add_row(name, _describe(value))
+    Console().print(table)
+
+
+class _Control:
+    """Progress bars and the wish to stop of one command."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._task: Any = None
+        self._stage = ""
+        self._stop = False
+
+    def progress(self, stage: str, step: int, total: int, measured: dict[str, float]) -> None:
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in measured.items())
+        if stage != self._stage or step == 1:
+            self._stage = stage
+            self._task = self._bars.add_task(stage, total=total, shown="")
+        self._bars.update(self._task, completed=step, shown=shown)
+
+    def stopping(self) -> bool:
+        return self._stop
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+
+@contextmanager
+def _run_control() -> Iterator[_Control]:
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[shown]}"),
+        console=Console(stderr=True),
+    )
+    control = _Control(bars)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, control.request_stop)
+    try:
+        with bars:
+            yield control
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _stopped(out: Path) -> int:
+    print(f"dfs: stopped; the checkpoint in {out} is complete", file=sys.stderr)
+    return RUN_FAILED
+
+
+def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> TrainConfig:
+    if preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    config = PRESETS[preset]
+    if "choices" in overrides:
+        overrides["choices"] = _parse_choices(overrides["choices"])
+    types = {f.name: type(getattr(config, f.name)) for f in fields(config)}
+    for text in settings:
+        name, separator, value = text.partition("=")
+        if not separator or name not in types:
+            raise UserError(f"--set takes name=value with a known name, got {text!r}")
+        if types[name] not in (int, float, str):
+            raise UserError(f"--set can't change {name!r}")
+        try:
+            overrides[name] = types[name](value)
+        except ValueError as error:
+            raise UserError(f"--set {name}: {value!r} is not {types[name].__name__}") from error
+    try:
+        return replace(config, **overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _parse_choices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--choices must be widths such as 0,2,4,8, got {text!r}") from error
+
+
+def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
+    try:
+        return Trainer(config, out)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
+    images = trainer.data.val if split == "val" else trainer.data.test
+    config = trainer.config
+    rows = [ResultRow("full precision, static", evaluate(trainer.plain, images))]
+    rows.append(ResultRow(f"DFS, target {config.target:.2%}", evaluate(trainer.model, images)))
+    if as_json:
+        _print_json(
+            {"split": split, "config": config.to_dict(), "rows": [r.to_dict() for r in rows]}
+        )
+        return
+    title = f"{config.model} on {config.dataset}, {len(images)} {split} images"
+    Console().print(results_table(rows, title))
+
+
+def _cuda_module() -> dict[str, Any]:
+    try:
+        import dfs_kernels._cuda as _cuda
+    except ImportError:
+        return {"built": False}
+    return {"built": True, "architectures": _cuda.architectures(), **_cuda.probe()}
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_describe(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Small data and settings that the framework's tests share."""
+
+from __future__ import annotations
+
+import torch
+
+from dfs.data import DataSplits, ImageSet
+from dfs.models import DynamicResNet
+from dfs.nn import LSQ, PerWidthBatchNorm2d
+from dfs.train import TrainConfig
+
+TINY = TrainConfig(
+    model="resnet8",
+    target=0.03,
+    batch_size=16,
+    float_epochs=2,
+    switch_epochs=1,
+    exit_points=(),
+    calibration_images=32,
+    gate_epochs=2,
+    joint_epochs=2,
+    batchnorm_images=32,
+    batchnorm_min_routed=4,
+    cost_tolerance=1.0,
+)
+
+
+def tiny_data(size: int = 8) -> DataSplits:
+    """Blobs in one of four corners: learnable, and made in a moment."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(count: int) -> ImageSet:
+        labels = torch.randint(4, (count,), generator=generator)
+        images = 0.3 * torch.randn(count, 1, size, size, generator=generator)
+        half = size // 2
+        for image, label in zip(images, labels.tolist(), strict=True):
+            top, left = half * (label // 2), half * (label % 2)
+            image[:, top : top + half, left : left + half] += 1.0
+        return ImageSet(images, labels)
+
+    return DataSplits("tiny", 4, draw(64), draw(32), draw(32), draw(32), shift=1, flip=False)
+
+
+def settled_model(seed: int = 0, depth: int = 14, **kwargs: object) -> DynamicResNet:
+    """A dynamic network with BatchNorm statistics and parameters that are not the defaults."""
+    torch.manual_seed(seed)
+    model = DynamicResNet(depth, 10, 3, **kwargs)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, PerWidthBatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            torch.nn.init.uniform_(module.bias, -0.2, 0.4)
+        elif isinstance(module, LSQ):
+            # Or the first forward in training mode would set the input steps anew.
+            module.initialised.fill_(True)
+    return model.eval()

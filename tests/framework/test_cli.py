@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dfs.cli import main
+
+_SMALL = [
+    *("--model", "resnet8", "--target", "0.03"),
+    *("--set", "float_epochs=2", "--set", "switch_epochs=1", "--set", "gate_epochs=2"),
+    *("--set", "joint_epochs=1", "--set", "batchnorm_images=256", "--set", "cost_tolerance=1.0"),
+]
+
+
+def _in_process(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["dfs", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, printed.out, printed.err
+
+
+def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dfs.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["fly"], "fly"),
+        (["info", "--colour"], "--colour"),
+        (["train"], "--out"),
+        (["train", "--out", "{tmp}", "--preset", "imagenet"], "--preset"),
+        (["train", "--out", "{tmp}", "--model", "resnet9"], "model"),
+        (["train", "--out", "{tmp}", "--target", "-1"], "target"),
+        (["train", "--out", "{tmp}", "--target", "much"], "--target"),
+        (["train", "--out", "{tmp}", "--choices", "0,3"], "choices"),
+        (["train", "--out", "{tmp}", "--choices", "zero"], "--choices"),
+        (["train", "--out", "{tmp}", "--set", "speed=9"], "speed=9"),
+        (["train", "--out", "{tmp}", "--set", "batch_size=many"], "batch_size"),
+        (["train", "--out", "{tmp}", "--set", "dataset=cats"], "dataset"),
+        (["train", "--out", "{tmp}", "--resume"], "no such checkpoint"),
+        (["eval", "{tmp}"], "no such checkpoint"),
+        (["eval", "{tmp}", "--split", "train"], "--split"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    code, out, error = _in_process(filled, monkeypatch, capsys)
+    assert code == 2
+    assert named in error
+    assert len(error.strip().splitlines()) == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_tells_the_backends_as_json() -> None:
+    result = _dfs("info", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {"reference", "cpu"} <= set(found["available_backends"])
+    assert found["backends"]["cpu"]["isa"] in found["backends"]["cpu"]["supported_isas"]
+
+
+def test_info_is_readable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, error = _in_process(["info"], monkeypatch, capsys)
+    assert code == 0, error
+    assert "backend cpu" in out
+
+
+@pytest.mark.slow
+def test_train_stops_on_a_signal_resumes_and_evaluates(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dfs.cli", "train", "--out", str(run), *_SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 500):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped" in error
+    steps = len(metrics.read_text().splitlines())
+
+    refused = _dfs("train", "--out", str(run), *_SMALL)
+    assert refused.returncode == 2
+    assert "already holds a run" in refused.stderr
+    unfinished = _dfs("eval", str(run))
+    assert unfinished.returncode == 2
+    assert "not finished" in unfinished.stderr
+    mixed = _dfs("train", "--out", str(run), "--resume", "--seed", "3")
+    assert mixed.returncode == 2
+
+    resumed = _dfs("train", "--out", str(run), "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    places = [(line["stage"], line["step"], line["final"]) for line in lines]
+    assert len(places) == len(set(places)) > steps
+    rows = json.loads(resumed.stdout)["rows"]
+    assert len(rows) == 2
+    assert rows[1]["paper_cost"] < 0.0625
+
+    table = _dfs("eval", str(run), "--split", "val")
+    assert table.returncode == 0, table.stderr
+    assert "paper cost" in table.stdout
