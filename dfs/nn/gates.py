@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 State = tuple[Tensor, Tensor]
 
+# How close to the cheapest and to the dearest choice a gate may start, as shares of the range.
+_LOWER_MARGIN = 0.01
+_UPPER_MARGIN = 0.25
+# Features that hardly vary are not blown up beyond this share of the mean deviation.
+_LEAST_DEVIATION = 0.1
+
 
 class GateDecision(NamedTuple):
     """What a gate says of one block.
@@ -125,13 +131,36 @@ class RNNGate(nn.Module):
         return GateDecision(self.widths[choice], mask.float(), logits, (output, memory))
 
     @torch.no_grad()
+    def standardise(self, index: int, pooled: Tensor) -> None:
+        """Fold the mean and deviation of one gate's features into its linear map.
+
+        Channel means differ far more between channels than between images, so without this every
+        image starts with the same logits, where nothing pulls their decisions apart.
+
+        Args:
+            pooled: float64 (N, C), the features of many images.
+        """
+        embed = self.embed[index]
+        assert isinstance(embed, nn.Linear)
+        mean, deviation = pooled.mean(0), pooled.std(0)
+        deviation = deviation.clamp_min(float(deviation.mean()) * _LEAST_DEVIATION)
+        weight = embed.weight.double() / deviation
+        embed.weight.copy_(weight)
+        embed.bias.sub_(weight @ mean)
+
+    @torch.no_grad()
     def favour_cost(self, target: float, costs: Tensor) -> None:
         """Start with decisions whose expected cost is ``target``, the same for every input.
+
+        A target near or beyond what the choices can cost is brought back inside: from a softmax
+        that always takes one choice, nothing would be learned.
 
         Args:
             costs: (len(choices),), the mean cost of taking each choice everywhere.
         """
-        self.proj.weight.mul_(0.1)
+        low, high = float(costs.min()), float(costs.max())
+        reach = high - low
+        target = min(max(target, low + _LOWER_MARGIN * reach), high - _UPPER_MARGIN * reach)
         self.proj.bias.copy_(-_tilt(costs, target) * costs)
 
 

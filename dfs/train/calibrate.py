@@ -15,7 +15,7 @@ from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.block import SHORTCUT_BITS
 from dfs.nn.gates import State
 from dfs.nn.quantizers import LSQ
-from dfs.nn.stream import STREAM_BITS
+from dfs.nn.stream import STREAM_BITS, pooled_mean
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
 
@@ -227,6 +227,17 @@ def _set_statistics(
             norm.running_mean[i] = mean
             norm.running_var[i] = var
     return counts
+
+
+@torch.no_grad()
+def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
+    """Fit the gates' linear maps to the features that random decisions give, in evaluation mode."""
+    model.eval()
+    stream = model.start(images)
+    for index in range(model.gated_blocks):
+        model.gate.standardise(index, pooled_mean(stream))
+        drawn = model.decide(index, stream, None, model.choices[-1], explore=1.0)
+        stream = model.step(index, stream, drawn)
 
 
 @torch.no_grad()

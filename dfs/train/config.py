@@ -58,6 +58,7 @@ class TrainConfig:
     diversity: float = 0.1
     gate_every: int = 2
     lambda_start: float = 0.1
+    lambda_rate: float = 0.01
 
     settle_fraction: float = 0.1
     batchnorm_images: int = 8192
@@ -97,12 +98,14 @@ def _tuples(value: Any) -> Any:
 # epoch, so gates get more epochs and a larger step than on a full-size data set.
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(
-        float_epochs=24,
-        switch_epochs=16,
+        float_epochs=12,
+        switch_epochs=7,
         exit_points=((2, 4.0), (4, 1.7), (8, 1.2)),
         gate_epochs=30,
-        gate_lr=5e-3,
-        joint_epochs=10,
+        gate_lr=2e-2,
+        joint_epochs=3,
         gate_every=1,
+        diversity=0.5,
+        lambda_rate=0.03,
     ),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-_RATE = 0.01
 _LAMBDA_MAX = 5.0
 _EMA_DECAY = 0.9
 
@@ -12,15 +11,16 @@ _EMA_DECAY = 0.9
 class CostController:
     """Weighs the cost in the loss: loss += weight * C / T.
 
-    weight <- clip(weight + 0.01 * (C_ema / T - 1), 0, 5). The target T falls geometrically from
+    weight <- clip(weight + rate * (C_ema / T - 1), 0, 5). The target T falls geometrically from
     twice the final one over the first half of the stage.
 
     Args:
         target: the final target, as a fraction of full precision.
     """
 
-    def __init__(self, target: float, weight: float) -> None:
+    def __init__(self, target: float, weight: float, rate: float = 0.01) -> None:
         self.target = target
+        self.rate = rate
         self.weight = weight
         self.average: float | None = None
 
@@ -33,7 +33,7 @@ class CostController:
         self.average = (
             cost if self.average is None else _EMA_DECAY * self.average + (1 - _EMA_DECAY) * cost
         )
-        change = _RATE * (self.average / self.target_at(progress) - 1)
+        change = self.rate * (self.average / self.target_at(progress) - 1)
         self.weight = min(max(self.weight + change, 0.0), _LAMBDA_MAX)
 
     def state_dict(self) -> dict[str, Any]:

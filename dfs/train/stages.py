@@ -23,7 +23,12 @@ from dfs.data import ImageSet
 from dfs.data.dataset import training_batch
 from dfs.models import DynamicOutput, DynamicResNet
 from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer
-from dfs.train.calibrate import calibrate_gate_bias, calibrate_steps, reestimate_batchnorm
+from dfs.train.calibrate import (
+    calibrate_gate_bias,
+    calibrate_steps,
+    reestimate_batchnorm,
+    standardise_gates,
+)
 from dfs.train.controller import CostController
 from dfs.train.evaluate import accuracy, mean_cost
 
@@ -288,7 +293,8 @@ class _GateLearner(Stage):
         super().__init__(trainer)
         self.gate_optimizer = torch.optim.Adam(self.model.gate.parameters(), self.config.gate_lr)
         self.cost = trainer.cost
-        self.controller = CostController(self.config.target, self.config.lambda_start)
+        config = self.config
+        self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
 
     def gate_step(
         self, batch: ImageSet, temperature: float, progress: float, diversity_weight: float
@@ -329,6 +335,7 @@ class GateStage(_GateLearner):
 
     @staticmethod
     def prepare(trainer: Trainer) -> None:
+        standardise_gates(trainer.model, trainer.data.gate.images[: trainer.config.batch_size * 16])
         # Where the joint stage's target starts, too.
         trainer.model.gate.favour_cost(2 * trainer.config.target, trainer.cost.of_choices())
 

@@ -32,7 +32,11 @@ def _in_process(
 
 def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dfs.cli", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dfs.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "160"},
     )
 
 
