@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,8 @@ class ConvGeometry:
         ]
 
     def fields(self) -> dict[str, int]:
-        return asdict(self)
+        # Not asdict(), which copies deeply and took a fifth of a small convolution's time.
+        return {name: getattr(self, name) for name in ConvGeometry.__annotations__}
 
 
 def wants_channels_last(input: Tensor) -> bool:

@@ -456,7 +456,9 @@ def per_width(
             if bits in values:
                 value = values[bits]
                 if not isinstance(value, Tensor):
-                    value = torch.tensor(value, dtype=dtype, device=device)
+                    value = torch.tensor(value, device=device)
+                    if dtype.is_floating_point:
+                        value = value.to(dtype)
                 _check_entry(value, f"{name}[{bits}]", dtype, device)
                 if value.dim() == 0 and shape:
                     value = value.expand(shape)

@@ -231,9 +231,7 @@ def _in_form(x: Tensor, form: str) -> Tensor:
     return x
 
 
-def _random_weight(
-    case: ConvCase, generator: torch.Generator
-) -> tuple[PackedConvWeight, Tensor]:
+def _random_weight(case: ConvCase, generator: torch.Generator) -> tuple[PackedConvWeight, Tensor]:
     shape = case.geometry.weight_shape
     weight = torch.randn(shape, generator=generator)
     flat = weight.view(shape[0], -1)
@@ -262,7 +260,9 @@ def _random_residual(
     stored = bits.clone()
     for n in range(len(stored)):
         if torch.rand(1, generator=generator) < 0.5:
-            stored[n] = case.options[int(torch.randint(len(case.options), (1,), generator=generator))]
+            stored[n] = case.options[
+                int(torch.randint(len(case.options), (1,), generator=generator))
+            ]
     quantizer = _random_quantizer(case.options, generator)
     return pack(_full_range_values(shape, stored, quantizer, generator), stored, quantizer)
 
@@ -440,9 +440,7 @@ def conv_cases(draw: st.DrawFn, **fixed: Any) -> ConvCase:
     )
     kernel = fixed.get("kernel") or draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    padding = fixed.get("padding") or draw(
-        st.tuples(*[st.integers(0, 4) for _ in range(4)])
-    )
+    padding = fixed.get("padding") or draw(st.tuples(*[st.integers(0, 4) for _ in range(4)]))
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     least_h = max(1, spans[0] - padding[2] - padding[3])
     least_w = max(1, spans[1] - padding[0] - padding[1])

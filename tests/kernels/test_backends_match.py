@@ -222,7 +222,9 @@ def test_special_values_quantize_alike(backend: str, bits: int) -> None:
     signed=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_packing(backend: str, bits: int, channels: int, rows: int, signed: bool, seed: int) -> None:
+def test_packing(
+    backend: str, bits: int, channels: int, rows: int, signed: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
     codes = torch.randint(low, high, (rows, channels), generator=generator)
@@ -314,7 +316,7 @@ def test_public_function(backend: str, case: ConvCase) -> None:
             assert torch.equal(sample_bits(got, n), sample_bits(expected, n))
 
 
-@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", *OTHER_BACKENDS])
 @settings(max_examples=40)
 @given(case=conv_cases(options=(2, 4, 8, 32), centred=(True, False, False, False)))
 def test_in_place_equals_out_of_place(backend: str, case: ConvCase) -> None:
@@ -327,7 +329,7 @@ def test_in_place_equals_out_of_place(backend: str, case: ConvCase) -> None:
     assert torch.equal(as_bits(target), as_bits(expected))
 
 
-@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", *OTHER_BACKENDS])
 @pytest.mark.parametrize("width", [8, 32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_in_place_on_the_input_itself_is_refused(backend: str, width: int, packed: bool) -> None:
@@ -354,7 +356,7 @@ def test_in_place_on_the_input_itself_is_refused(backend: str, width: int, packe
         assert torch.equal(sample_bits(x, n), sample_bits(before, n))
 
 
-@pytest.mark.parametrize("backend", ("reference", *OTHER_BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", *OTHER_BACKENDS])
 def test_a_sample_does_not_depend_on_the_batch_or_the_threads(backend: str) -> None:
     widths = (32, 8, 0, 2, 4, 32, 8, 2, 4, 32, 0)
     for seed, residual_form, output_form in (
@@ -433,7 +435,7 @@ def test_packed_rows_ignore_the_bytes_beyond_a_samples_width(backend: str) -> No
     assert torch.equal(as_bits(again), as_bits(clean))
 
 
-# Instruction sets
+# Processes and instruction sets
 
 
 def run_python(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
@@ -444,6 +446,31 @@ def run_python(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
     )
+
+
+def test_kernels_run_in_a_forked_process() -> None:
+    """The child works on memory that the parent made: torch's own threads do not survive a fork."""
+    code = """
+import os, signal
+import numpy as np
+import torch
+from dfs_kernels.backends import load
+from tests.kernels.cases import ConvCase, build
+torch.set_num_threads(2)
+built = build(ConvCase(bits=(8, 2, 4, 32) * 8, group_channels=16, group_outputs=16, size=(32, 32)))
+before, after = (torch.zeros(built.case.output_shape) for _ in range(2))
+call = built.call()
+load("cpu").mixed_conv2d(call, before)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    load("cpu").mixed_conv2d(call, after)
+    os._exit(0 if np.array_equal(before.numpy(), after.numpy()) else 3)
+print(os.waitpid(child, 0)[1])
+"""
+    done = run_python(code, None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"
 
 
 def supported_isas() -> list[str]:

@@ -115,9 +115,7 @@ class Problem:
     grad_output: Tensor
 
     def doubled(self) -> dict[str, Tensor]:
-        return {
-            name: leaf.detach().double().requires_grad_() for name, leaf in self.leaves.items()
-        }
+        return {name: leaf.detach().double().requires_grad_() for name, leaf in self.leaves.items()}
 
 
 def make_problem(conv: dict[str, Any], bits: list[int], relu: bool, seed: int) -> Problem:

@@ -172,7 +172,16 @@ def test_opcheck_of_mixed_convolution(
 def test_opcheck_of_training(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build(ConvCase(bits=BITS, packed_weight=False, residual_form="float", relu=True))
     arguments = built.arguments()
-    for name in ("input", "weight", "weight_scale", "input_scale", "bias", "mul", "add", "residual"):
+    for name in (
+        "input",
+        "weight",
+        "weight_scale",
+        "input_scale",
+        "bias",
+        "mul",
+        "add",
+        "residual",
+    ):
         arguments[name] = arguments[name].clone().requires_grad_()
     ((op, args, kwargs),) = calls_of(
         lambda: mixed_conv2d(**arguments, backend=backend), monkeypatch
@@ -296,9 +305,7 @@ def layer_step(layer: DFSConv2d, run: Any, x: Tensor, bits: Tensor) -> list[Tens
 @every_backend
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_layer_compiles_without_breaks(backend: str, training: bool, mode: str) -> None:
     layer = DFSConv2d(3, 4, 3, padding=1).train(training)
     x, bits = torch.randn(5, 3, 6, 6), torch.tensor(BITS)
@@ -452,9 +459,7 @@ def test_fakes_tell_shape_dtype_and_strides(backend: str, form: str) -> None:
             "backend": backend,
         }
         y = mixed_conv2d(x, weight, bits, scale, **arguments)
-        own = mixed_conv2d(
-            x, weight, bits, scale, output_scale=scale.new_ones(4), **arguments
-        )
+        own = mixed_conv2d(x, weight, bits, scale, output_scale=scale.new_ones(4), **arguments)
         eight = mixed_conv2d(
             x, weight, bits, scale, output_scale={8: scale[2]}, output_bits=8, **arguments
         )

@@ -71,7 +71,7 @@ def naive_sums(
     groups: int,
 ) -> npt.NDArray[np.int64]:
     """Integer sums (O, OH, OW) of one sample (C, H, W); what lies outside counts for nothing."""
-    channels, height, width = levels.shape
+    height, width = levels.shape[1:]
     outputs, group_channels, kernel_h, kernel_w = weights.shape
     left, right, top, bottom = padding
     out_h = (height + top + bottom - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
@@ -94,9 +94,7 @@ def naive_sums(
     return sums
 
 
-def naive_epilogue(
-    total: int, step: float, bias: float, mul: float, add: float
-) -> np.float32:
+def naive_epilogue(total: int, step: float, bias: float, mul: float, add: float) -> np.float32:
     m = FLOAT(step * mul)
     c = FLOAT(bias * mul + add)
     product = FLOAT(total) * m
@@ -109,7 +107,12 @@ def naive_epilogue(
 @pytest.mark.parametrize(
     ("bits", "zero_point", "values", "codes"),
     [
-        (2, 0, [-1.0, -0.0, 0.5, 0.5000001, 1.5, 2.5, 2.4999998, 3.0, 9.0], [0, 0, 0, 1, 2, 2, 2, 3, 3]),
+        (
+            2,
+            0,
+            [-1.0, -0.0, 0.5, 0.5000001, 1.5, 2.5, 2.4999998, 3.0, 9.0],
+            [0, 0, 0, 1, 2, 2, 2, 3, 3],
+        ),
         (2, 2, [-2.5, -1.5, -0.5, 0.5, 1.0, 1.5], [0, 0, 2, 2, 3, 3]),
         (4, 8, [-8.5, -7.5, -6.5, 0.5, 1.5, 6.5, 7.5], [0, 0, 2, 8, 10, 14, 15]),
         (8, 128, [-128.5, -127.5, -126.5, 125.5, 126.5, 127.5], [0, 0, 2, 254, 254, 255]),
@@ -257,7 +260,9 @@ def test_tail_codes_are_zero_whatever_the_zero_point() -> None:
 def test_rows_are_sized_by_the_widest_option() -> None:
     x = torch.tensor([1.0, -2.5, 0.1]).view(1, 3, 1, 1)
     scale = {2: 1.0, 8: 0.5, 32: 1.0}
-    packed = quantize_pack(x.expand(3, 3, 1, 1), torch.tensor([2, 8, 32]), scale, backend="reference")
+    packed = quantize_pack(
+        x.expand(3, 3, 1, 1), torch.tensor([2, 8, 32]), scale, backend="reference"
+    )
     assert packed.data.shape == (3, 12)
     assert packed.data[0, 0].item() == 0b000001
     assert packed.data[1, :3].tolist() == [2, 0, 0]
