@@ -269,7 +269,7 @@ def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
 def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
     images = trainer.data.val if split == "val" else trainer.data.test
     config = trainer.config
-    rows = [ResultRow("full precision, static", evaluate(trainer.plain, images))]
+    rows = [ResultRow("static, 32 bits", evaluate(trainer.plain, images))]
     rows.append(ResultRow(f"DFS, target {config.target:.2%}", evaluate(trainer.model, images)))
     if as_json:
         _print_json(

@@ -56,8 +56,8 @@ def run_demo(
         return None
     test = shared.data.test
     rows = [
-        ResultRow("full precision, static", evaluate(shared.plain, test)),
-        ResultRow("8 bits, static", evaluate(shared.model, test, 8)),
+        ResultRow("static, 32 bits", evaluate(shared.plain, test)),
+        ResultRow("static, 8 bits", evaluate(shared.model, test, 8)),
     ]
     decisions = []
     for target in TARGETS:

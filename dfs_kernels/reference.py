@@ -216,9 +216,14 @@ def weight_gradient(
 
 
 def conv2d_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    needs_x: bool = True,
+    needs_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a float convolution with respect to x and weight."""
+    """Gradients of a float convolution with respect to x and weight; zeros where not needed."""
     padded = geometry.pad(x)
     grad_padded, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_output.contiguous(),
@@ -231,9 +236,12 @@ def conv2d_backward(
         False,
         (0, 0),
         geometry.groups,
-        (True, True, False),
+        (needs_x, needs_weight, False),
     )
-    return geometry.unpad(grad_padded), grad_weight
+    return (
+        geometry.unpad(grad_padded) if needs_x else torch.zeros_like(x),
+        grad_weight if needs_weight else torch.zeros_like(weight),
+    )
 
 
 # The whole operations, over a batch of mixed widths
@@ -316,7 +324,14 @@ def mixed_conv2d_backward(
                 quantize_activation(xb, bits, scale, zero_point), scale, zero_point
             )
         wq = _weight_values(weight, i).to(x.dtype)
-        grad_xq, grad_conv = conv2d_backward(gb, xq, wq * gain.view(-1, 1, 1, 1), call.geometry)
+        grad_xq, grad_conv = conv2d_backward(
+            gb,
+            xq,
+            wq * gain.view(-1, 1, 1, 1),
+            call.geometry,
+            wanted.input or wanted.input_scale,
+            wanted.weight or wanted.weight_scale or wanted.mul,
+        )
         grad_wq = grad_conv * gain.view(-1, 1, 1, 1)
         if wanted.add or wanted.mul:
             grad_add[i] = gb.sum((0, 2, 3), dtype=torch.float64).to(x.dtype)

@@ -35,11 +35,11 @@ class ResultRow:
 def results_table(rows: Sequence[ResultRow], title: str) -> Table:
     """Accuracy, costs and measured time, a row per network."""
     table = Table(title=title, title_justify="left")
-    table.add_column("network")
-    for column in ("test accuracy %", "paper cost %", "BitOPs %", "ms per image"):
-        table.add_column(column, justify="right")
-    table.add_column("widths used")
-    table.add_column("distinct decisions", justify="right")
+    table.add_column("network", no_wrap=True)
+    for column in ("accuracy\n%", "paper\ncost %", "BitOPs\n%", "ms per\nimage"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("widths\nused", no_wrap=True)
+    table.add_column("distinct\ndecisions", justify="right", no_wrap=True)
     for row in rows:
         result = row.evaluation
         dynamic = len(result.widths_used) > 1

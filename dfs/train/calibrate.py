@@ -246,7 +246,7 @@ def calibrate_gate_bias(
 ) -> float:
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
-    The bias of a choice is proportional to its cost, so the order of what the gate prefers among
+    The bias of a choice grows with its cost, so the order of what the gate prefers among
     inputs stays.
 
     Returns:
@@ -254,7 +254,9 @@ def calibrate_gate_bias(
     """
     model.eval()
     per_choice = cost.of_choices()
-    spread = per_choice / (per_choice.max() - per_choice.min())
+    # The square root, which is the bits, spaces the choices evenly: none is stepped over.
+    spread = (per_choice - per_choice.min()).sqrt()
+    spread = spread / spread.max()
 
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)

@@ -54,6 +54,7 @@ class TrainConfig:
 
     joint_epochs: int = 5
     joint_lr: float = 0.005
+    joint_gate_lr: float = 1e-3
     explore: float = 0.3
     diversity: float = 0.1
     gate_every: int = 2
@@ -99,13 +100,15 @@ def _tuples(value: Any) -> Any:
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(
         float_epochs=12,
-        switch_epochs=7,
+        switch_epochs=8,
         exit_points=((2, 4.0), (4, 1.7), (8, 1.2)),
-        gate_epochs=30,
-        gate_lr=2e-2,
-        joint_epochs=3,
-        gate_every=1,
-        diversity=0.5,
+        gate_epochs=80,
+        gate_lr=3e-2,
+        joint_epochs=4,
+        joint_gate_lr=5e-3,
+        gate_every=2,
+        diversity=1.0,
         lambda_rate=0.03,
+        batchnorm_images=2048,
     ),
 }

@@ -289,9 +289,9 @@ class SwitchStage(Stage):
 class _GateLearner(Stage):
     """What S3 and S4 share: a step that teaches the gates."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, gate_lr: float) -> None:
         super().__init__(trainer)
-        self.gate_optimizer = torch.optim.Adam(self.model.gate.parameters(), self.config.gate_lr)
+        self.gate_optimizer = torch.optim.Adam(self.model.gate.parameters(), gate_lr)
         self.cost = trainer.cost
         config = self.config
         self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
@@ -333,6 +333,9 @@ class GateStage(_GateLearner):
 
     name = "S3 gate"
 
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, trainer.config.gate_lr)
+
     @staticmethod
     def prepare(trainer: Trainer) -> None:
         standardise_gates(trainer.model, trainer.data.gate.images[: trainer.config.batch_size * 16])
@@ -356,7 +359,7 @@ class JointStage(_GateLearner):
     name = "S4 joint"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
+        super().__init__(trainer, trainer.config.joint_gate_lr)
         groups = weight_groups(self.model, self.config.joint_lr, self.config.weight_decay)
         self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
         self.teacher = copy.deepcopy(trainer.plain).eval()
@@ -478,11 +481,10 @@ def estimation_batches(stage: Stage) -> list[Tensor]:
 
 
 def tune_gate_bias(stage: Stage) -> float:
-    """Tilt the gate to the target on the images kept for gates and for validation."""
-    data, config = stage.data, stage.config
-    images = torch.cat([data.gate.images, data.val.images])
+    """Tilt the gate to the target on the validation images."""
+    config = stage.config
     return calibrate_gate_bias(
-        stage.model, images, stage.trainer.cost, config.target, config.batch_size
+        stage.model, stage.data.val.images, stage.trainer.cost, config.target, config.batch_size
     )
 
 

@@ -130,4 +130,4 @@ def test_train_stops_on_a_signal_resumes_and_evaluates(tmp_path: Path) -> None:
 
     table = _dfs("eval", str(run), "--split", "val")
     assert table.returncode == 0, table.stderr
-    assert "paper cost" in table.stdout
+    assert "BitOPs" in table.stdout
