@@ -52,7 +52,7 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message(), USER_ERROR)
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, ImportError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except StageError as error:
         _fail(str(error), RUN_FAILED)
@@ -260,9 +260,10 @@ def _parse_choices(text: str) -> tuple[int, ...]:
 
 
 def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
+    out.mkdir(parents=True, exist_ok=True)
     try:
         return Trainer(config, out)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dfs.report import ResultRow, plot_decisions, results_table
+from dfs.report import ResultRow, plot_decisions, require_plotting, results_table
 from dfs.train import Trainer, evaluate
 from dfs.train.config import PRESETS
 from dfs.train.trainer import SHARED_STAGES, Progress
@@ -50,6 +50,8 @@ def run_demo(
     Returns:
         None if ``stop`` ended it early.
     """
+    require_plotting()
+    out.mkdir(parents=True, exist_ok=True)
     config = PRESETS["digits"]
     shared = Trainer(config, out / "shared")
     if not shared.run(SHARED_STAGES, progress, stop):

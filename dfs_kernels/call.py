@@ -98,11 +98,9 @@ class ConvGradients:
     add: Tensor | None = None
 
 
-def check_bits(bits: Tensor, options: Sequence[int]) -> None:
+def check_bits(bits: Tensor, options: Sequence[int], name: str = "bits") -> None:
     """Refuse a width that is not an option, naming the sample. Reads the values."""
     allowed = {0, *options}
     for index, value in enumerate(bits.tolist()):
         if value not in allowed:
-            raise ValueError(
-                f"bits[{index}] is {value}; this convolution takes 0 or one of {tuple(options)}"
-            )
+            raise ValueError(f"{name}[{index}] is {value}; it must be 0 or one of {tuple(options)}")

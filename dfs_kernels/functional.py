@@ -396,7 +396,8 @@ class _Prepared:
         out_channels = shape[:1]
 
         if not isinstance(input, PackedActivation):
-            allowed = all_32 and input.dtype == torch.float64
+            float_weight = not isinstance(weight, PackedConvWeight)
+            allowed = all_32 and float_weight and input.dtype == torch.float64
             values = input if allowed else input.to(torch.float32)
             if allowed and data.dtype != torch.float64:
                 raise TypeError(f"weight must be float64 like the input, got {data.dtype}")

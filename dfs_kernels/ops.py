@@ -334,6 +334,8 @@ def _check_call(call: ConvCall) -> None:
             raise ValueError("weight holds values that are not finite")
     if isinstance(call.input, PackedActivation):
         check_bits_stored(call)
+    if isinstance(call.residual, PackedActivation):
+        check_bits(call.residual.bits, call.residual.bit_options, "residual.bits")
 
 
 def check_bits_stored(call: ConvCall) -> None:

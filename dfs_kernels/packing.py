@@ -122,6 +122,9 @@ class PackedActivation:
                 f"data must be uint8 (N, row_bytes), got {self.data.dtype} "
                 f"with {self.data.dim()} dimensions"
             )
+        for name in ("channels", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         expected = row_bytes(self.bit_options, self.channels, self.height, self.width)
         if self.data.shape[1] != expected:
             raise ValueError(
@@ -221,6 +224,31 @@ class PackedConvWeight:
     levels: tuple[str, ...]
     shape: tuple[int, int, int, int]
     _tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_packable(self.bit_options, "bit_options")
+        for kind in self.levels:
+            if kind not in LEVEL_KINDS:
+                raise ValueError(f"levels must be one of {LEVEL_KINDS}, got {kind!r}")
+        count = len(self.bit_options)
+        if len(self.levels) != count:
+            raise ValueError(f"levels must name {count} kinds, got {self.levels}")
+        size = self.layout.offsets()[-1]
+        for name, dtype, shape in (
+            ("buffer", torch.uint8, (size,)),
+            ("scales", torch.float32, (count, self.shape[0])),
+        ):
+            value = getattr(self, name)
+            if value.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+            if not value.is_contiguous():
+                raise ValueError(f"{name} must be contiguous")
+        if self.scales.device != self.buffer.device:
+            raise ValueError(
+                f"scales is on {self.scales.device}, but buffer is on {self.buffer.device}"
+            )
 
     @staticmethod
     def from_float(
@@ -468,7 +496,7 @@ def per_width(
                     raise ValueError(
                         f"{name}[{bits}] must have shape {shape}, got {tuple(value.shape)}"
                     )
-                rows.append(value.to(dtype))
+                rows.append(_cast(value, dtype))
             elif bits == 32 and fill is not None:
                 rows.append(torch.full(shape, fill, dtype=dtype, device=device))
             else:
@@ -488,7 +516,7 @@ def per_width(
             f"{name} must have shape {wanted} for the widths {tuple(options)}, "
             f"got {tuple(values.shape)}"
         )
-    return values.to(dtype).contiguous()
+    return _cast(values, dtype).contiguous()
 
 
 def _check_entry(value: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -497,3 +525,10 @@ def _check_entry(value: Tensor, name: str, dtype: torch.dtype, device: torch.dev
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, but the input is on {device}")
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in ``dtype``; integers out of its range stay out of every allowed range."""
+    if dtype == torch.int32 and value.dtype != torch.int32:
+        value = value.clamp(-1, torch.iinfo(torch.int32).max)
+    return value.to(dtype)

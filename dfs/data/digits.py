@@ -23,7 +23,7 @@ def load_digits(seed: int = 0) -> DataSplits:
     try:
         from sklearn.datasets import load_digits as read
     except ImportError as error:
-        raise RuntimeError(
+        raise ImportError(
             "the digits data set comes with scikit-learn; pip install scikit-learn"
         ) from error
     raw = read()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dfs.nn.block import FoldedConv, ResidualBlock, Stream
+from dfs.nn.block import ResidualBlock
 from dfs.nn.conv import DFSConv2d
+from dfs.nn.folded import FoldedConv, Stream
 from dfs.nn.gates import GateDecision, RNNGate, State
 from dfs.nn.norm import PerWidthBatchNorm2d
 from dfs.nn.stream import StreamQuantizer, pooled_mean
@@ -31,7 +32,7 @@ Policy = int | Tensor | None
 def resnet_depth(name: str) -> int:
     """The depth in a name like "resnet20"; ValueError unless it is 6n + 2 with n >= 1."""
     digits = name.removeprefix("resnet")
-    if not name.startswith("resnet") or not digits.isdigit():
+    if not name.startswith("resnet") or not digits.isdecimal():
         raise ValueError(f"model must be named like 'resnet20', got {name!r}")
     depth = int(digits)
     if depth < 8 or (depth - 2) % 6:
@@ -159,6 +160,11 @@ class DynamicResNet(nn.Module):
         stream: str = "uint8",
     ) -> None:
         super().__init__()
+        resnet_depth(f"resnet{depth}")
+        if num_classes < 1 or in_channels < 1:
+            raise ValueError(
+                f"num_classes and in_channels must be positive, got {num_classes}, {in_channels}"
+            )
         if stream not in ("uint8", "float32"):
             raise ValueError(f"stream must be 'uint8' or 'float32', got {stream!r}")
         options = check_options([c for c in choices if c != 0], "choices")
@@ -217,8 +223,8 @@ class DynamicResNet(nn.Module):
         """Classify images, deciding block by block.
 
         Args:
-            policy: None asks the gate; an int runs every gated block at that width; an integer
-                tensor (N, gated blocks) gives every decision.
+            policy: None asks the gate; an int out of the choices runs every gated block at that
+                width; an integer tensor (N, gated blocks) gives every decision.
             temperature: of the gate's Gumbel noise while training; None is deterministic.
             explore: probability with which a decision is replaced by a random choice.
             gate_gradient: evaluate every choice of every block, so that the gate learns from what
@@ -226,6 +232,19 @@ class DynamicResNet(nn.Module):
         """
         if gate_gradient and not self.training:
             raise ValueError("gate_gradient needs training mode")
+        self._check_policy(policy, x.shape[0])
+        # The packed kernels are not differentiable from end to end.
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return self._run(x, policy, temperature, explore, gate_gradient)
+
+    def _run(
+        self,
+        x: Tensor,
+        policy: Policy,
+        temperature: float | None,
+        explore: float,
+        gate_gradient: bool,
+    ) -> DynamicOutput:
         stream = self.start(x)
         state: State | None = None
         bits, masks, logits = [], [], []
@@ -242,6 +261,29 @@ class DynamicResNet(nn.Module):
             torch.stack(masks, 1),
             torch.stack(logits, 1) if policy is None else None,
         )
+
+    def _check_policy(self, policy: Policy, batch: int) -> None:
+        if policy is None:
+            return
+        if not isinstance(policy, Tensor):
+            if isinstance(policy, bool) or not isinstance(policy, int):
+                raise TypeError(f"policy must be None, an int or a tensor, got {policy!r}")
+            if policy not in self.choices:
+                raise ValueError(f"policy must be one of {self.choices}, got {policy}")
+            return
+        if policy.is_floating_point() or policy.dtype == torch.bool:
+            raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
+        expected = (batch, self.gated_blocks)
+        if tuple(policy.shape) != expected:
+            raise ValueError(f"policy must have shape {expected}, got {tuple(policy.shape)}")
+        if policy.device.type == "cpu":
+            wrong = ~torch.isin(policy, self.gate.widths.to(policy))
+            if bool(wrong.any()):
+                sample, block = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"policy[{sample}, {block}] is {int(policy[sample, block])}, "
+                    f"which is not one of {self.choices}"
+                )
 
     def full_precision(self, x: Tensor) -> Tensor:
         """Logits of the float network, every BatchNorm at its widest option."""
@@ -326,10 +368,13 @@ class DynamicResNet(nn.Module):
         self._folded = None
         return super().train(mode)
 
-    def load_state_dict(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        result = super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self.repack()
-        return result
+    def _apply(self, *args: Any, **kwargs: Any) -> DynamicResNet:
+        self._folded = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def load_plain(self, plain: PlainResNet) -> None:

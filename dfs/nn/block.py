@@ -9,62 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dfs.nn.conv import DFSConv2d
+from dfs.nn.folded import Bits, FoldedConv, Stream
 from dfs.nn.norm import PerWidthBatchNorm2d
 from dfs.nn.stream import StreamQuantizer
-from dfs_kernels import PackedActivation, PackedConvWeight, mixed_conv2d, mixed_conv2d_
 
-Stream = Tensor | PackedActivation
-Bits = int | Tensor
 # The shortcut of a down-sampling block is not gated; it runs at this width.
 SHORTCUT_BITS = 8
-
-
-class FoldedConv:
-    """A convolution and its BatchNorm as the kernels take them in evaluation: packed and folded."""
-
-    def __init__(self, conv: DFSConv2d, norm: PerWidthBatchNorm2d | None) -> None:
-        options = norm.bit_options if norm is not None else (*conv.bit_options, 32)
-        steps = conv.quantizer.weight_scale(conv.weight).detach()
-        self.weight = PackedConvWeight.from_float(
-            conv.weight,
-            {b: steps[conv.bit_options.index(b)] for b in options if b != 32},
-            options,
-        )
-        pick = [conv.bit_options.index(b) for b in options if b != 32]
-        self.input_scale = conv.quantizer.input_scale().detach()[pick]
-        self.input_zero_point = conv.quantizer.input_zero_point()[pick]
-        self.mul: Tensor | None = None
-        self.add: Tensor | None = None
-        if norm is not None:
-            self.mul, self.add = norm.folded()
-        self.bias = None if conv.bias is None else conv.bias.detach()
-        self.stride: tuple[int, int] = conv.stride  # type: ignore[assignment]
-        self.padding: tuple[int, int] = conv.padding  # type: ignore[assignment]
-
-    def __call__(self, x: Stream, bits: Bits, *, as_codes: bool = False, **epilogue: Any) -> Stream:
-        """Convolve with what :func:`dfs_kernels.mixed_conv2d` offers after the sum.
-
-        Args:
-            as_codes: use the codes of a packed ``x`` as they are, instead of quantizing it at
-                each sample's width.
-        """
-        return mixed_conv2d(x, self.weight, bits, **self._arguments(as_codes), **epilogue)
-
-    def add_into(self, x: Stream, bits: Bits, residual: Stream, *, as_codes: bool = False) -> None:
-        """Convolve, add to ``residual`` in place and rectify."""
-        arguments = self._arguments(as_codes)
-        mixed_conv2d_(x, self.weight, bits, residual=residual, activation="relu", **arguments)
-
-    def _arguments(self, as_codes: bool) -> dict[str, Any]:
-        return {
-            "input_scale": None if as_codes else self.input_scale,
-            "input_zero_point": None if as_codes else self.input_zero_point,
-            "mul": self.mul,
-            "add": self.add,
-            "bias": self.bias,
-            "stride": self.stride,
-            "padding": self.padding,
-        }
 
 
 class ResidualBlock(nn.Module):
@@ -179,9 +129,13 @@ class ResidualBlock(nn.Module):
         self.repack()
         return super().train(mode)
 
-    def _apply(self, *args: object, **kwargs: object) -> ResidualBlock:
+    def _apply(self, *args: Any, **kwargs: Any) -> ResidualBlock:
         self.repack()
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type, no-any-return]
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.repack()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _fold(self) -> dict[str, FoldedConv]:
         if self._folded is None:

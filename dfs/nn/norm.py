@@ -55,6 +55,8 @@ class PerWidthBatchNorm2d(nn.Module):
         if bits is None:
             return self._normalize(x, len(self.bit_options) - 1)
         if isinstance(bits, int):
+            if bits not in (0, *self.bit_options):
+                raise ValueError(f"bits must be 0 or one of {self.bit_options}, got {bits}")
             return x if bits == 0 else self._normalize(x, self.bit_options.index(bits))
         result = x
         for i, width in enumerate(self.bit_options):

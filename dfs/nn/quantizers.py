@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfs_kernels.widths import activation_max, default_levels
+from dfs_kernels.widths import MAX_SCALE, activation_max, default_levels
 
 _MIN_STEP = 1e-8
 # Mean magnitude of a unit normal, and of one behind a ReLU: what steps assume before any data.
@@ -102,10 +102,13 @@ class LSQ(Quantizer):
         if self._ready or x.numel() == 0:
             return
         # Decided without looking at the value, which would synchronise and break a compiled graph.
-        steps = self._steps_for(x.detach().float().abs().mean())
-        self.input_step.copy_(torch.where(self.initialised, self.input_step, steps))
-        self.initialised.fill_(True)
-        self._ready = True
+        steps = self._steps_for(x.detach().double().abs().mean()).to(self.input_step)
+        # A batch that is not finite says nothing of the ones to come.
+        usable = (steps <= MAX_SCALE).all()
+        take = usable & ~self.initialised
+        self.input_step.copy_(torch.where(take, steps, self.input_step))
+        self.initialised.logical_or_(usable)
+        self._ready = not torch.compiler.is_compiling() and bool(self.initialised)
 
     @torch.no_grad()
     def reset_weight(self, weight: Tensor) -> None:
@@ -178,10 +181,11 @@ class MinMax(Quantizer):
             return
         values = x.detach().float()
         low, high = values.amin().clamp_max(0), values.amax().clamp_min(0)
+        usable = high - low <= MAX_SCALE
         rate = torch.where(self.observed, self.momentum, 1.0)
-        self.low.lerp_(low, rate)
-        self.high.lerp_(high, rate)
-        self.observed.fill_(True)
+        self.low.copy_(torch.where(usable, self.low.lerp(low, rate), self.low))
+        self.high.copy_(torch.where(usable, self.high.lerp(high, rate), self.high))
+        self.observed.logical_or_(usable)
 
 
 _KINDS: dict[str, type[Quantizer]] = {"lsq": LSQ, "minmax": MinMax}

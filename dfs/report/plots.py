@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,12 @@ from torch import Tensor
 
 # Pale for a skip, darker with every bit spent; readable in grey and by colour-blind readers.
 _COLOURS = {0: "#e8e8e8", 2: "#a6cee3", 4: "#5aa5cf", 8: "#2171b5", 32: "#08306b"}
+
+
+def require_plotting() -> None:
+    """Find out before long work whether there will be plots: ImportError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib; pip install matplotlib")
 
 
 def plot_decisions(
@@ -23,12 +30,11 @@ def plot_decisions(
         choices: ascending widths.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("plots need matplotlib; pip install matplotlib") from error
+    require_plotting()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -62,12 +62,20 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
         CheckpointError: naming the first entry that is missing, unknown or of another shape.
     """
     own = module.state_dict()
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{what}: must be a dict of tensors, got {type(state).__name__}")
     for name in own.keys() - state.keys():
         raise CheckpointError(f"{what}: entry {name!r} is missing; was it another architecture?")
     for name in state.keys() - own.keys():
         raise CheckpointError(f"{what}: unknown entry {name!r}; was it another architecture?")
     for name, value in own.items():
-        if state[name].shape != value.shape:
+        found = state[name]
+        if not isinstance(found, Tensor) or found.dtype != value.dtype:
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise CheckpointError(f"{what}: {name!r} must be {value.dtype}, got {kind}")
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise CheckpointError(f"{what}: {name!r} holds values that are not finite")
+        if found.shape != value.shape:
             raise CheckpointError(
                 f"{what}: {name!r} has shape {tuple(state[name].shape)}, "
                 f"this network needs {tuple(value.shape)}"

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+_LOWEST = {
+    "batch_size": 2,
+    "seed": 0,
+    "float_epochs": 1,
+    "switch_epochs": 1,
+    "gate_epochs": 1,
+    "joint_epochs": 1,
+    "gate_every": 1,
+    "calibration_images": 1,
+    "batchnorm_images": 2,
+    "batchnorm_min_routed": 2,
+    "weight_decay": 0,
+    "diversity": 0,
+    "lambda_start": 0,
+    "lambda_rate": 0,
+}
+_POSITIVE = (
+    "float_lr",
+    "switch_lr",
+    "gate_lr",
+    "joint_lr",
+    "joint_gate_lr",
+    "distill_temperature",
+    "gumbel_start",
+    "gumbel_end",
+    "cost_tolerance",
+)
+_SHARES = ("explore", "settle_fraction")
 
 
 @dataclass(frozen=True)
@@ -67,10 +97,30 @@ class TrainConfig:
     cost_tolerance: float = 0.05
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            wrong = kind == "int" and not isinstance(value, int)
+            wrong |= kind == "float" and not isinstance(value, (int, float))
+            wrong |= kind == "str" and not isinstance(value, str)
+            if wrong or isinstance(value, bool):
+                raise ValueError(f"{field.name} must be of type {kind}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}")
         if not 0 < self.target <= 1:
             raise ValueError(f"target must be a fraction in (0, 1], got {self.target}")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
+        for name, lowest in _LOWEST.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.cost not in ("paper", "bitops"):
+            raise ValueError(f"cost must be 'paper' or 'bitops', got {self.cost!r}")
+        if self.seed >= 1 << 31:
+            raise ValueError(f"seed must be below 2^31, got {self.seed}")
         if max((c for c in self.choices if c != 32), default=0) == 0:
             raise ValueError(f"choices must hold an integer width, got {self.choices}")
 
@@ -79,11 +129,11 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-        """Rebuild a config; ValueError names an unknown entry."""
+        """Rebuild a config; ValueError names an entry that is unknown or missing."""
         known = {f.name for f in fields(TrainConfig)}
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"config: unknown entries {sorted(unknown)}")
+        if not isinstance(values, Mapping) or set(values) != known:
+            odd = set(values) ^ known if isinstance(values, Mapping) else {values}
+            raise ValueError(f"config: unknown or missing entries {sorted(map(str, odd))}")
         plain = {k: _tuples(v) for k, v in values.items()}
         return TrainConfig(**plain)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dfs.data import ImageSet
 from dfs.data.dataset import training_batch
-from dfs.models import DynamicOutput, DynamicResNet
+from dfs.models import DynamicResNet
 from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer
 from dfs.train.calibrate import (
     calibrate_gate_bias,
@@ -164,15 +164,101 @@ def freeze_batchnorm(model: nn.Module) -> None:
             module.eval()
 
 
-class FloatStage(Stage):
+class WeightStage(Stage):
+    """A stage that trains weights by SGD, most of them taught by the float network.
+
+    Args:
+        network: whose parameters are trained; gates never are.
+    """
+
+    def __init__(self, trainer: Trainer, network: nn.Module, lr: float) -> None:
+        super().__init__(trainer)
+        groups = weight_groups(network, lr, self.config.weight_decay)
+        self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
+        self.teacher = copy.deepcopy(trainer.plain).eval()
+        set_trainable(self.teacher.parameters(), False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> Tensor:
+        """The teacher's logits."""
+        logits: Tensor = self.teacher(images)
+        return logits
+
+    def half_distilled(self, logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
+        """Half cross-entropy, half distillation."""
+        distilled = distillation(logits, taught, self.config.distill_temperature)
+        return 0.5 * F.cross_entropy(logits, labels) + 0.5 * distilled
+
+    def routed_step(self, step: int, lr: float, explore: float) -> float:
+        """One step on everything but the gates, at the gates' own decisions."""
+        model = self.model.train()
+        set_trainable(model.gate.parameters(), False)
+        batch = self.batch(step)
+        set_lr(self.optimizer, lr)
+        logits = model.run(batch.images, explore=explore).logits
+        loss = self.half_distilled(logits, self.taught(batch.images), batch.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        set_trainable(model.gate.parameters(), True)
+        return loss.item()
+
+
+class GateLearner:
+    """What teaches the gates in S3 and S4: their optimizer and the cost controller."""
+
+    def __init__(self, trainer: Trainer, lr: float) -> None:
+        config = trainer.config
+        self.model = trainer.model
+        self.cost = trainer.cost
+        self.optimizer = torch.optim.Adam(self.model.gate.parameters(), lr)
+        self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
+
+    def step(
+        self, batch: ImageSet, temperature: float, progress: float, diversity_weight: float
+    ) -> dict[str, float]:
+        """One step on the gates alone; the loss sees what every choice would have given."""
+        model, controller = self.model.train(), self.controller
+        freeze_batchnorm(model)
+        others = [p for n, p in model.named_parameters() if not n.startswith("gate.")]
+        set_trainable(others, False)
+        out = model.run(batch.images, temperature=temperature, gate_gradient=True)
+        assert out.gate_logits is not None
+        spent = self.cost(out.mask).mean()
+        loss = F.cross_entropy(out.logits, batch.labels)
+        total = loss + controller.weight * spent / controller.target_at(progress)
+        total = total - diversity_weight * diversity(out.gate_logits)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        set_trainable(others, True)
+        controller.update(spent.item(), progress)
+        return {"gate_loss": loss.item(), "cost": spent.item(), "lambda": controller.weight}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.controller.load_state_dict(state["controller"])
+
+
+class FloatStage(WeightStage):
     """S0: the full-precision network."""
 
     name = "S0 float"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        groups = weight_groups(trainer.plain, self.config.float_lr, self.config.weight_decay)
-        self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
+        super().__init__(trainer, trainer.plain, trainer.config.float_lr)
 
     def steps(self) -> int:
         return self.config.float_epochs * self.steps_per_epoch()
@@ -190,12 +276,6 @@ class FloatStage(Stage):
     def finish(self) -> dict[str, float]:
         return {"val_accuracy": accuracy(self.trainer.plain, self.data.val)}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-
 
 class CalibrateStage(Stage):
     """S1: from the float network to steps and statistics for every width. One step."""
@@ -210,17 +290,14 @@ class CalibrateStage(Stage):
         model.load_plain(self.trainer.plain)
         images = self.data.train.images[: config.calibration_images]
         calibrate_steps(model, images, config.batch_size, config.seed)
-        batches = list(images.split(config.batch_size))
-        for width in model.choices:
-            if width:
-                reestimate_batchnorm(model, batches, width)
+        estimate_every_width(model, list(images.split(config.batch_size)))
         return {}
 
     def finish(self) -> dict[str, float]:
         return width_accuracies(self.model, self.data.val)
 
 
-class SwitchStage(Stage):
+class SwitchStage(WeightStage):
     """S2: one set of weights for every width, taught by the float network.
 
     A step has three passes: everything at the widest integer width, half cross-entropy and half
@@ -231,11 +308,7 @@ class SwitchStage(Stage):
     name = "S2 switch"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        groups = weight_groups(self.model, self.config.switch_lr, self.config.weight_decay)
-        self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
-        self.teacher = copy.deepcopy(trainer.plain).eval()
-        set_trainable(self.teacher.parameters(), False)
+        super().__init__(trainer, trainer.model, trainer.config.switch_lr)
 
     def steps(self) -> int:
         return self.config.switch_epochs * self.steps_per_epoch()
@@ -244,33 +317,26 @@ class SwitchStage(Stage):
         config, model = self.config, self.model.train()
         batch = self.batch(step)
         set_lr(self.optimizer, config.switch_lr * cosine(step, self.steps()))
-        with torch.no_grad():
-            taught = self.teacher(batch.images)
+        taught = self.taught(batch.images)
         integer = [c for c in model.choices if c not in (0, 32)]
         warm = step < self.steps() / 5
         allowed = integer[-2:] if warm else list(model.choices)
         shape = (len(batch), model.gated_blocks)
         drawn = torch.tensor(allowed, dtype=torch.int32)[torch.randint(len(allowed), shape)]
         self.optimizer.zero_grad()
-        logits = model(batch.images, integer[-1])
-        distilled = distillation(logits, taught, config.distill_temperature)
-        wide = 0.5 * F.cross_entropy(logits, batch.labels) + 0.5 * distilled
+        wide = self.half_distilled(model(batch.images, integer[-1]), taught, batch.labels)
         wide.backward()
-        for policy in (integer[-2:][0] if warm else integer[0], drawn):
+        for policy in (allowed[0] if warm else integer[0], drawn):
             logits = model(batch.images, policy)
             distillation(logits, taught, config.distill_temperature).backward()
         self.optimizer.step()
         return {"loss": wide.item()}
 
     def finish(self) -> dict[str, float]:
-        model, config = self.model, self.config
-        batches = estimation_batches(self)
-        for width in model.choices:
-            if width:
-                reestimate_batchnorm(model, batches, width)
-        results = width_accuracies(model, self.data.val)
+        estimate_every_width(self.model, estimation_batches(self))
+        results = width_accuracies(self.model, self.data.val)
         full = self.trainer.results[FloatStage.name]["val_accuracy"]
-        for width, points in config.exit_points:
+        for width, points in self.config.exit_points:
             reached = results.get(f"val_accuracy_{width}")
             if reached is not None and reached < full - points / 100:
                 raise StageError(
@@ -279,66 +345,20 @@ class SwitchStage(Stage):
                 )
         return results
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-class _GateLearner(Stage):
-    """What S3 and S4 share: a step that teaches the gates."""
-
-    def __init__(self, trainer: Trainer, gate_lr: float) -> None:
-        super().__init__(trainer)
-        self.gate_optimizer = torch.optim.Adam(self.model.gate.parameters(), gate_lr)
-        self.cost = trainer.cost
-        config = self.config
-        self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
-
-    def gate_step(
-        self, batch: ImageSet, temperature: float, progress: float, diversity_weight: float
-    ) -> dict[str, float]:
-        """One step on the gates alone; the loss sees what every choice would have given."""
-        model, controller = self.model.train(), self.controller
-        freeze_batchnorm(model)
-        others = [p for n, p in model.named_parameters() if not n.startswith("gate.")]
-        set_trainable(others, False)
-        set_trainable(model.gate.parameters(), True)
-        out = model.run(batch.images, temperature=temperature, gate_gradient=True)
-        spent = self.cost(out.mask).mean()
-        loss = F.cross_entropy(out.logits, batch.labels)
-        total = loss + controller.weight * spent / controller.target_at(progress)
-        total = total - diversity_weight * diversity(_gate_logits(out))
-        self.gate_optimizer.zero_grad()
-        total.backward()
-        self.gate_optimizer.step()
-        set_trainable(others, True)
-        controller.update(spent.item(), progress)
-        return {"gate_loss": loss.item(), "cost": spent.item(), "lambda": controller.weight}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "gate_optimizer": self.gate_optimizer.state_dict(),
-            "controller": self.controller.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gate_optimizer.load_state_dict(state["gate_optimizer"])
-        self.controller.load_state_dict(state["controller"])
-
-
-class GateStage(_GateLearner):
+class GateStage(Stage):
     """S3: the gates alone, Gumbel temperature falling."""
 
     name = "S3 gate"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer, trainer.config.gate_lr)
+        super().__init__(trainer)
+        self.learner = GateLearner(trainer, trainer.config.gate_lr)
 
     @staticmethod
     def prepare(trainer: Trainer) -> None:
-        standardise_gates(trainer.model, trainer.data.gate.images[: trainer.config.batch_size * 16])
+        images = trainer.data.gate.images[: trainer.config.calibration_images]
+        standardise_gates(trainer.model, images)
         # Where the joint stage's target starts, too.
         trainer.model.gate.favour_cost(2 * trainer.config.target, trainer.cost.of_choices())
 
@@ -350,20 +370,23 @@ class GateStage(_GateLearner):
         config = self.config
         done = step / max(self.steps() - 1, 1)
         temperature = config.gumbel_start * (config.gumbel_end / config.gumbel_start) ** done
-        return self.gate_step(self.gate_batch(step), temperature, 0.0, config.diversity)
+        return self.learner.step(self.gate_batch(step), temperature, 0.0, config.diversity)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
 
 
-class JointStage(_GateLearner):
+class JointStage(WeightStage):
     """S4: weights on their images, gates on theirs, in turn; the cost comes down to the target."""
 
     name = "S4 joint"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer, trainer.config.joint_gate_lr)
-        groups = weight_groups(self.model, self.config.joint_lr, self.config.weight_decay)
-        self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
-        self.teacher = copy.deepcopy(trainer.plain).eval()
-        set_trainable(self.teacher.parameters(), False)
+        super().__init__(trainer, trainer.model, trainer.config.joint_lr)
+        self.learner = GateLearner(trainer, trainer.config.joint_gate_lr)
 
     def steps(self) -> int:
         return self.config.joint_epochs * self.steps_per_epoch()
@@ -375,34 +398,32 @@ class JointStage(_GateLearner):
         measured = {}
         if step % config.gate_every == 0:
             batch = self.gate_batch(step // config.gate_every)
-            measured = self.gate_step(batch, config.gumbel_end, progress, config.diversity * left)
+            measured = self.learner.step(
+                batch, config.gumbel_end, progress, config.diversity * left
+            )
         # The last tenth of the joint training belongs to the settling stage's learning rate.
         lr = config.joint_lr * max(cosine(step, self.steps()), config.settle_fraction)
-        measured["loss"] = weight_step(self, step, lr, config.explore * left, self.teacher)
+        measured["loss"] = self.routed_step(step, lr, config.explore * left)
         return measured
 
     def finish(self) -> dict[str, float]:
         return {"val_cost": tune_gate_bias(self)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**super().state_dict(), "learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load_state_dict(state["learner"])
 
 
-class SettleStage(Stage):
+class SettleStage(WeightStage):
     """S5: hard decisions of frozen gates; BatchNorm of what each block and width really sees."""
 
     name = "S5 settle"
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        groups = weight_groups(self.model, self.config.joint_lr, self.config.weight_decay)
-        self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
-        self.teacher = copy.deepcopy(trainer.plain).eval()
-        set_trainable(self.teacher.parameters(), False)
+        super().__init__(trainer, trainer.model, trainer.config.joint_lr)
 
     def steps(self) -> int:
         joint = self.config.joint_epochs * self.steps_per_epoch()
@@ -411,7 +432,7 @@ class SettleStage(Stage):
     def take(self, step: int) -> dict[str, float]:
         config = self.config
         lr = config.joint_lr * config.settle_fraction * cosine(step, self.steps())
-        return {"loss": weight_step(self, step, lr, 0.0, self.teacher)}
+        return {"loss": self.routed_step(step, lr, 0.0)}
 
     def finish(self) -> dict[str, float]:
         config, model = self.config, self.model
@@ -432,12 +453,6 @@ class SettleStage(Stage):
             )
         return results
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-
 
 STAGES: tuple[type[Stage], ...] = (
     FloatStage,
@@ -449,24 +464,11 @@ STAGES: tuple[type[Stage], ...] = (
 )
 
 
-def weight_step(
-    stage: JointStage | SettleStage, step: int, lr: float, explore: float, teacher: nn.Module
-) -> float:
-    """One step on everything but the gates, at the gates' own decisions."""
-    config, model = stage.config, stage.model.train()
-    set_trainable(model.gate.parameters(), False)
-    batch = stage.batch(step)
-    with torch.no_grad():
-        taught = teacher(batch.images)
-    set_lr(stage.optimizer, lr)
-    out = model.run(batch.images, explore=explore)
-    distilled = distillation(out.logits, taught, config.distill_temperature)
-    loss = 0.5 * F.cross_entropy(out.logits, batch.labels) + 0.5 * distilled
-    stage.optimizer.zero_grad()
-    loss.backward()
-    stage.optimizer.step()
-    set_trainable(model.gate.parameters(), True)
-    return loss.item()
+def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
+    """BatchNorm statistics of the network run at each width throughout."""
+    for width in model.choices:
+        if width:
+            reestimate_batchnorm(model, batches, width)
 
 
 def estimation_batches(stage: Stage) -> list[Tensor]:
@@ -493,8 +495,3 @@ def width_accuracies(model: DynamicResNet, images: ImageSet) -> dict[str, float]
     return {
         f"val_accuracy_{width}": accuracy(model, images, width) for width in model.choices if width
     }
-
-
-def _gate_logits(out: DynamicOutput) -> Tensor:
-    assert out.gate_logits is not None
-    return out.gate_logits

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -170,13 +171,20 @@ class Trainer:
             trainer = Trainer(config, folder, data)
             load_exactly(trainer.plain, content["plain"], f"{path}: plain")
             load_exactly(trainer.model, content["model"], f"{path}: model")
-            trainer.stage_index, trainer.step = content["stage"], content["step"]
-            trainer.results = content["results"]
-            trainer._metrics_size = content["metrics_size"]
+            trainer.stage_index = _count(content, "stage", len(STAGES))
+            trainer.step = _count(content, "step")
+            trainer._metrics_size = _count(content, "metrics_size")
+            trainer.results = dict(content["results"])
             if trainer.step:
-                trainer._current().load_state_dict(content["stage_state"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: entry {error} is missing or wrong") from error
+                stage = trainer._current()
+                _count(content, "step", stage.steps())
+                stage.load_state_dict(content["stage_state"])
+        except KeyError as error:
+            raise CheckpointError(f"{path}: entry {error} is missing") from error
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
         return trainer
 
     def _current(self) -> Stage:
@@ -201,6 +209,13 @@ class Trainer:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             self._metrics_size = file.tell()
+
+
+def _count(content: dict[str, Any], name: str, limit: int | None = None) -> int:
+    value = content[name]
+    if type(value) is not int or value < 0 or (limit is not None and value > limit):
+        raise CheckpointError(f"checkpoint: {name} can't be {value!r}")
+    return value
 
 
 def stage_names() -> Sequence[str]:

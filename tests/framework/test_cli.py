@@ -55,6 +55,8 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--set", "speed=9"], "speed=9"),
         (["train", "--out", "{tmp}", "--set", "batch_size=many"], "batch_size"),
         (["train", "--out", "{tmp}", "--set", "dataset=cats"], "dataset"),
+        (["train", "--out", "{tmp}", "--set", "cost=joules"], "cost"),
+        (["train", "--out", "{tmp}", "--set", "float_lr=nan"], "float_lr"),
         (["train", "--out", "{tmp}", "--resume"], "no such checkpoint"),
         (["eval", "{tmp}"], "no such checkpoint"),
         (["eval", "{tmp}", "--split", "train"], "--split"),
@@ -74,6 +76,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert len(error.strip().splitlines()) == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("kept")
+    for command in ("train", "demo"):
+        code, _, error = _in_process([command, "--out", str(path)], monkeypatch, capsys)
+        assert code == 2
+        assert str(path) in error
+        assert "Traceback" not in error
+    assert path.read_text() == "kept"
 
 
 def test_info_tells_the_backends_as_json() -> None:

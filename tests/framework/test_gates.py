@@ -74,7 +74,7 @@ def test_decisions_are_the_same_every_time() -> None:
     assert torch.equal(gate(0, pooled, None).bits, gate(0, pooled, None).bits)
 
 
-@pytest.mark.parametrize("target", [0.005, 0.02, 0.05])
+@pytest.mark.parametrize("target", [0.005, 0.02, 0.04])
 def test_favoured_cost_is_the_expected_cost_at_the_start(target: float) -> None:
     gate = RNNGate([4], (0, 2, 4, 8))
     costs = torch.tensor([0.0, 1 / 256, 1 / 64, 1 / 16], dtype=torch.float64)
@@ -87,3 +87,27 @@ def test_favoured_cost_is_the_expected_cost_at_the_start(target: float) -> None:
 def test_bad_choices_are_refused(choices: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="choices"):
         RNNGate([4], choices)
+
+
+def test_a_target_out_of_reach_starts_inside_the_range_of_costs() -> None:
+    costs = torch.tensor([0.0, 1 / 256, 1 / 64, 1 / 16], dtype=torch.float64)
+    for target in (0.0, 0.0625, 1.0):
+        gate = RNNGate([4], (0, 2, 4, 8))
+        gate.favour_cost(target, costs)
+        p = torch.softmax(gate.proj.bias.detach().double(), 0)
+        assert 0 < float((p * costs).sum()) < 0.0625
+        assert float(p.max()) < 0.97
+
+
+def test_standardised_features_reach_the_gate_with_unit_spread() -> None:
+    torch.manual_seed(0)
+    gate = RNNGate([6], (0, 8))
+    pooled = torch.randn(400, 6, dtype=torch.float64) * 0.01 + torch.arange(6) * 5.0
+    before = gate.embed[0].weight.detach().clone()
+    bias = gate.embed[0].bias.detach().clone()
+    gate.standardise(0, pooled)
+    expected = nn.functional.linear(
+        (pooled - pooled.mean(0)) / pooled.std(0), before.double(), bias.double()
+    )
+    got = nn.functional.linear(pooled, gate.embed[0].weight.double(), gate.embed[0].bias.double())
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)

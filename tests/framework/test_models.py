@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -215,3 +217,49 @@ def test_repack_is_needed_and_enough_after_an_edit_in_place() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicResNet(8, **arguments)  # type: ignore[arg-type]
+
+
+def test_loading_through_a_wrapper_forgets_what_was_folded() -> None:
+    model, other = settled_model(seed=0, depth=8), settled_model(seed=1, depth=8)
+    x = torch.randn(2, 3, 8, 8)
+    wrapper = nn.Sequential(model)
+    before = wrapper(x)
+    wrapper.load_state_dict(nn.Sequential(other).state_dict())
+    assert not torch.equal(wrapper(x), before)
+    assert torch.equal(wrapper(x), other(x))
+
+
+def test_converting_forgets_what_was_folded() -> None:
+    model = settled_model(depth=8)
+    x = torch.randn(2, 3, 8, 8)
+    model(x, 8)
+    model.to(torch.bfloat16).to(torch.float32)
+    converted = model(x, 8)
+    model.repack()
+    assert torch.equal(model(x, 8), converted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        (32, ValueError, "policy must be one of"),
+        (True, TypeError, "policy must be None"),
+        (torch.zeros(2, 2), TypeError, "integer"),
+        (torch.zeros(2, 3, dtype=torch.int32), ValueError, "shape"),
+        (torch.tensor([[8, 8], [8, 3]]), ValueError, r"policy\[1, 1\] is 3"),
+    ],
+)
+def test_a_policy_the_network_does_not_have_is_refused(
+    training: bool, policy: Any, error: type[Exception], message: str
+) -> None:
+    model = settled_model(depth=8).train(training)
+    with pytest.raises(error, match=message):
+        model(torch.randn(2, 3, 8, 8), policy)
+
+
+@pytest.mark.parametrize("stream", ["uint8", "float32"])
+def test_evaluation_takes_inputs_that_require_gradients(stream: str) -> None:
+    model = settled_model(depth=8, stream=stream)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x.clone().requires_grad_()), model(x))

@@ -368,3 +368,43 @@ def test_the_networks_of_a_run_have_the_data_sets_shape(data: DataSplits) -> Non
     assert isinstance(trainer.model, DynamicResNet)
     assert trainer.model.in_channels == 1
     assert trainer.model.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stage", 99),
+        ("stage", -1),
+        ("step", "a"),
+        ("step", -5),
+        ("metrics_size", -5),
+        ("model", None),
+        ("config", "abc"),
+        ("results", 3),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_entry_is_refused(
+    name: str, value: Any, data: DataSplits, straight: Path, tmp_path: Path
+) -> None:
+    content = load_checkpoint(straight / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**content, name: value})
+    with pytest.raises(CheckpointError):
+        Trainer.load(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cost", "joules"),
+        ("float_lr", float("nan")),
+        ("target", float("nan")),
+        ("gate_every", 0),
+        ("explore", 5.0),
+        ("float_epochs", -3),
+        ("float_epochs", 1.5),
+        ("seed", 1 << 70),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        replace(TINY, **{name: value})

@@ -389,3 +389,12 @@ def test_bits_go_to_the_same_convolution_as_the_function() -> None:
     )
     assert isinstance(expected, Tensor)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_bad_batch_leaves_the_quantizer_usable(quantizer: str, value: float) -> None:
+    conv = DFSConv2d(3, 6, 3, quantizer=quantizer)
+    x = torch.randn(2, 3, 5, 5)
+    conv(torch.full_like(x, value), 8)
+    assert torch.isfinite(conv(x, 8)).all()

@@ -733,3 +733,53 @@ def test_packed_activations_can_be_taken_apart_by_sample() -> None:
     for n in range(3):
         one = replace(packed, data=packed.data[n : n + 1], bits=packed.bits[n : n + 1])
         assert torch.equal(unpack_dequantize(one), whole[n : n + 1])
+
+
+def test_a_residual_stored_at_a_width_it_has_no_room_for_is_refused() -> None:
+    x = torch.randn(4, 3, 6, 7)
+    weight = torch.randn(5, 3, 3, 3)
+    residual = PackedActivation(
+        torch.zeros(4, 6 * 7 * 5, dtype=torch.uint8),
+        torch.tensor([8, 8, 32, 8], dtype=torch.int32),
+        torch.ones(1),
+        torch.zeros(1, dtype=torch.int32),
+        (8,),
+        5,
+        6,
+        7,
+    )
+    steps = {8: torch.full((5,), 0.1)}
+    with pytest.raises(ValueError, match=r"residual\.bits\[2\] is 32"):
+        mixed_conv2d(x, weight, 8, {8: 0.1}, weight_scale=steps, padding=1, residual=residual)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": torch.ones(2, 1)}, "scales must have shape"),
+        ({"scales": torch.ones(2, 4).half()}, "scales must be"),
+        ({"levels": ("twos", "bogus")}, "levels"),
+        ({"buffer": torch.zeros(10, dtype=torch.uint8)}, "buffer must have shape"),
+    ],
+)
+def test_a_packed_weight_put_together_wrongly_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    good = PackedConvWeight.from_float(torch.randn(4, 3, 3, 3), torch.ones(2, 4), (4, 8))
+    with pytest.raises((TypeError, ValueError), match=message):
+        replace(good, **changes)
+
+
+def test_a_packed_activation_of_negative_size_is_refused() -> None:
+    bits = torch.full((4,), 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="height must be positive"):
+        PackedActivation(
+            torch.zeros(4, 42, dtype=torch.uint8),
+            bits,
+            torch.ones(1),
+            torch.zeros(1, dtype=torch.int32),
+            (2,),
+            3,
+            -6,
+            -7,
+        )
