@@ -80,7 +80,7 @@ def demo(
     with _run_control() as control:
         result = run_demo(out, control.progress, control.stopping)
     if result is None:
-        raise typer.Exit(_stopped(out))
+        raise typer.Exit(_stopped("the demonstration starts afresh next time"))
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -124,7 +124,9 @@ def train(
     with _run_control() as control:
         finished = trainer.run(None, control.progress, control.stopping)
     if not finished:
-        raise typer.Exit(_stopped(out))
+        stage = stage_names()[trainer.stage_index]
+        advice = f"saved in {stage}, step {trainer.step}; dfs train --out {out} --resume goes on"
+        raise typer.Exit(_stopped(advice))
     _report_run(trainer, "test", as_json)
 
 
@@ -134,7 +136,7 @@ def evaluate_run(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     as_json: Json = False,
 ) -> None:
-    """Accuracy, cost and measured time of a trained run, beside its static variants."""
+    """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
     trainer = Trainer.load(run)
@@ -199,7 +201,10 @@ class _Control:
         return self._stop
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._stop:
+            raise KeyboardInterrupt
         self._stop = True
+        self._bars.console.print("stopping after this step; once more to stop at once")
 
 
 @contextmanager
@@ -224,8 +229,8 @@ def _run_control() -> Iterator[_Control]:
             signal.signal(number, handler)
 
 
-def _stopped(out: Path) -> int:
-    print(f"dfs: stopped; the checkpoint in {out} is complete", file=sys.stderr)
+def _stopped(advice: str) -> int:
+    print(f"dfs: stopped; {advice}", file=sys.stderr)
     return RUN_FAILED
 
 
@@ -238,10 +243,11 @@ def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> T
     types = {f.name: type(getattr(config, f.name)) for f in fields(config)}
     for text in settings:
         name, separator, value = text.partition("=")
-        if not separator or name not in types:
-            raise UserError(f"--set takes name=value with a known name, got {text!r}")
-        if types[name] not in (int, float, str):
-            raise UserError(f"--set can't change {name!r}")
+        settable = sorted(n for n, kind in types.items() if kind in (int, float, str))
+        if not separator or name not in settable:
+            raise UserError(
+                f"--set takes name=value, got {text!r}; the names are {', '.join(settable)}"
+            )
         try:
             overrides[name] = types[name](value)
         except ValueError as error:

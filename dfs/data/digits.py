@@ -24,7 +24,8 @@ def load_digits(seed: int = 0) -> DataSplits:
         from sklearn.datasets import load_digits as read
     except ImportError as error:
         raise ImportError(
-            "the digits data set comes with scikit-learn; pip install scikit-learn"
+            "the digits data set comes with scikit-learn; "
+            "install that, or this package with its [demo] extra"
         ) from error
     raw = read()
     images = torch.from_numpy(raw.images).float()[:, None] / _LARGEST_PIXEL

@@ -22,7 +22,8 @@ class DFSConv2d(nn.Conv2d):
 
     In training mode weights are quantized on the fly and everything gets gradients (learned step
     size quantization, Esser et al., ICLR 2020). In evaluation mode the weight is packed once;
-    call :meth:`repack` after editing parameters in place.
+    call :meth:`repack` after editing parameters in place. Learned input steps come from the first
+    batch in training mode that is given ``bits``; until then they assume inputs of unit variance.
 
     Args:
         bit_options: ascending integer widths besides 0 and 32, which are always accepted. 2, 4
