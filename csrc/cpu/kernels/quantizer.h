@@ -82,6 +82,19 @@ inline void floats_from_codes(const uint8_t* codes, int64_t count, const Activat
   }
 }
 
+// Codes of one quantizer to codes of another.
+inline void requantize_codes(const uint8_t* codes, int64_t count, const ActivationRange& from,
+                             const ActivationRange& to, uint8_t* result) {
+  const float scale = from.scale;
+  const int32_t zero_point = from.zero_point;
+  const ActivationRange r = to;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = static_cast<float>(static_cast<int32_t>(codes[i]) - zero_point) * scale;
+    result[i] =
+        static_cast<uint8_t>(static_cast<int32_t>(activation_level(value, r)) + r.zero_point);
+  }
+}
+
 inline void fake_quantize(float* values, int64_t count, const ActivationRange& range) {
   const ActivationRange r = range;
   for (int64_t i = 0; i < count; ++i) values[i] = activation_level(values[i], r) * r.scale;

@@ -1,0 +1,29 @@
+// For processors with AVX2 and FMA but without VNNI.
+#include "kernels/conv_gradients.h"
+#include "kernels/conv_rows.h"
+#include "kernels/conv_vector.h"
+
+namespace dfs {
+
+const KernelTable kAvx2Kernels = {
+    "avx2",
+    avx2::pack_pixels,
+    avx2::unpack_pixels,
+    avx2::convert_scratch_bytes,
+    avx2::convert_rows,
+    avx2::convert_rows,
+    avx2::quantize_filter,
+    avx2::vector_tile_bytes,
+    avx2::vector_retile,
+    avx2::vector_conv_scratch_bytes,
+    avx2::vector_conv_rows,
+    avx2::skip_rows,
+    avx2::backward_weight_bytes,
+    avx2::backward_weight_blocks,
+    avx2::backward_input_scratch_bytes,
+    avx2::backward_input,
+    avx2::backward_filter_scratch_bytes,
+    avx2::backward_filter,
+};
+
+}  // namespace dfs

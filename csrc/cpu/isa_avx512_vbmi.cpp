@@ -1,0 +1,29 @@
+// For processors with AVX-512, VNNI and VBMI.
+#include "kernels/conv_gradients.h"
+#include "kernels/conv_rows.h"
+#include "kernels/conv_vector.h"
+
+namespace dfs {
+
+const KernelTable kAvx512VbmiKernels = {
+    "avx512_vbmi",
+    avx512_vbmi::pack_pixels,
+    avx512_vbmi::unpack_pixels,
+    avx512_vbmi::convert_scratch_bytes,
+    avx512_vbmi::convert_rows,
+    avx512_vbmi::convert_rows,
+    avx512_vbmi::quantize_filter,
+    avx512_vbmi::vector_tile_bytes,
+    avx512_vbmi::vector_retile,
+    avx512_vbmi::vector_conv_scratch_bytes,
+    avx512_vbmi::vector_conv_rows,
+    avx512_vbmi::skip_rows,
+    avx512_vbmi::backward_weight_bytes,
+    avx512_vbmi::backward_weight_blocks,
+    avx512_vbmi::backward_input_scratch_bytes,
+    avx512_vbmi::backward_input,
+    avx512_vbmi::backward_filter_scratch_bytes,
+    avx512_vbmi::backward_filter,
+};
+
+}  // namespace dfs

@@ -1,0 +1,29 @@
+// For processors with AVX-512 and VNNI.
+#include "kernels/conv_gradients.h"
+#include "kernels/conv_rows.h"
+#include "kernels/conv_vector.h"
+
+namespace dfs {
+
+const KernelTable kAvx512VnniKernels = {
+    "avx512_vnni",
+    avx512_vnni::pack_pixels,
+    avx512_vnni::unpack_pixels,
+    avx512_vnni::convert_scratch_bytes,
+    avx512_vnni::convert_rows,
+    avx512_vnni::convert_rows,
+    avx512_vnni::quantize_filter,
+    avx512_vnni::vector_tile_bytes,
+    avx512_vnni::vector_retile,
+    avx512_vnni::vector_conv_scratch_bytes,
+    avx512_vnni::vector_conv_rows,
+    avx512_vnni::skip_rows,
+    avx512_vnni::backward_weight_bytes,
+    avx512_vnni::backward_weight_blocks,
+    avx512_vnni::backward_input_scratch_bytes,
+    avx512_vnni::backward_input,
+    avx512_vnni::backward_filter_scratch_bytes,
+    avx512_vnni::backward_filter,
+};
+
+}  // namespace dfs

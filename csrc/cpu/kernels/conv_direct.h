@@ -1,0 +1,313 @@
+// The vectorized convolution: output channels in the lanes, pixels one after the other. It serves
+// every geometry, and float32 as well as the integer widths.
+#pragma once
+
+#include "conv_rows.h"
+#include "dot_tiles.h"
+#include "dword_band.h"
+#include "filter_layout.h"
+#include "isa.h"
+#include "kernel_table.h"
+#include "vector_epilogue.h"
+#include "vectors.h"
+
+namespace dfs {
+namespace DFS_ISA {
+namespace {
+
+// Centred levels of 8 bits do not fit the int8 of VNNI.
+inline bool direct_takes(int32_t bits, bool centred) {
+  return kSubtractsZeroPoint || bits != 8 || !centred;
+}
+
+// Sizes of the re-tiled weights of one group. An integer tile begins with the sums of the levels,
+// [kernel_h][vectors][kLanes] int32 per group, if zero points are corrected for afterwards; the
+// weights follow, vectors of dwords [vectors][kernel_h][kernel_w][planes] per group.
+struct DirectLayout {
+  int64_t vectors;
+  int64_t planes;
+  int64_t vector_step;  // dwords
+  int64_t sum_dwords;   // of all groups
+  int64_t group_dwords;
+};
+
+template <typename Dword>
+inline DirectLayout direct_layout(const ConvGeometry& g) {
+  DirectLayout layout;
+  layout.vectors = ceil_div(g.out_channels / g.groups, kLanes);
+  layout.planes = dword_planes<Dword>(g.in_channels / g.groups);
+  layout.vector_step = g.kernel_h * g.kernel_w * layout.planes * kLanes;
+  const bool has_sums = !kSubtractsZeroPoint && !std::is_same<Dword, float>::value;
+  layout.sum_dwords = has_sums ? g.groups * g.kernel_h * layout.vectors * kLanes : 0;
+  layout.group_dwords = layout.vectors * layout.vector_step;
+  return layout;
+}
+
+inline size_t direct_tile_bytes(const ConvGeometry& g, int32_t bits) {
+  const DirectLayout layout = bits == 32 ? direct_layout<float>(g) : direct_layout<uint32_t>(g);
+  return static_cast<size_t>(layout.sum_dwords + g.groups * layout.group_dwords) * 4;
+}
+
+// Calls fn(group, o, kh, kw, c, bytes of the channel run) for every element of a filter bank, o and
+// c counted within the group.
+template <typename Fn>
+inline void for_each_weight(const ConvGeometry& g, Fn fn) {
+  const int64_t outputs = g.out_channels / g.groups;
+  const int64_t channels = g.in_channels / g.groups;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+        for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+          const int64_t run = ((group * outputs + o) * g.kernel_h + kh) * g.kernel_w + kw;
+          for (int64_t c = 0; c < channels; ++c) fn(group, o, kh, kw, c, run);
+        }
+      }
+    }
+  }
+}
+
+template <int kBits>
+inline int32_t weight_level(const uint8_t* run, int64_t channel, bool centred) {
+  constexpr int kPerByte = 8 / kBits;
+  const int32_t code = static_cast<int8_t>(
+      extract_code<kBits, true>(run[channel / kPerByte], static_cast<int>(channel % kPerByte)));
+  return centred ? 2 * code + 1 : code;
+}
+
+template <int kBits>
+inline void retile_direct_levels(const ConvGeometry& g, const uint8_t* canonical, bool centred,
+                                 void* tile) {
+  const DirectLayout layout = direct_layout<uint32_t>(g);
+  const int64_t run_bytes = packed_bytes(g.in_channels / g.groups, kBits);
+  int32_t* sums = static_cast<int32_t*>(tile);
+  uint32_t* weights = static_cast<uint32_t*>(tile) + layout.sum_dwords;
+  for_each_weight(g, [&](int64_t group, int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t run) {
+    const int32_t level = weight_level<kBits>(canonical + run * run_bytes, c, centred);
+    const int64_t vector = o / kLanes;
+    const int64_t lane = o % kLanes;
+    uint32_t* dword = weights + group * layout.group_dwords + vector * layout.vector_step +
+                      ((kh * g.kernel_w + kw) * layout.planes + c / kCodesPerDword) * kLanes + lane;
+    using Level = std::make_signed<DwordPart>::type;
+    const Level part = static_cast<Level>(level);
+    std::memcpy(
+        reinterpret_cast<uint8_t*>(dword) + c % kCodesPerDword * static_cast<int64_t>(sizeof(part)),
+        &part, sizeof(part));
+    if (layout.sum_dwords > 0) {
+      sums[((group * g.kernel_h + kh) * layout.vectors + vector) * kLanes + lane] += level;
+    }
+  });
+}
+
+inline void retile_direct_floats(const ConvGeometry& g, const uint8_t* canonical, float* tile) {
+  const DirectLayout layout = direct_layout<float>(g);
+  const int64_t channels = g.in_channels / g.groups;
+  for_each_weight(g, [&](int64_t group, int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t run) {
+    float* dst = tile + group * layout.group_dwords + o / kLanes * layout.vector_step +
+                 ((kh * g.kernel_w + kw) * layout.planes + c) * kLanes + o % kLanes;
+    std::memcpy(dst, canonical + (run * channels + c) * static_cast<int64_t>(sizeof(float)),
+                sizeof(float));
+  });
+}
+
+inline void retile_direct(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
+                          bool centred, void* tile) {
+  std::memset(tile, 0, direct_tile_bytes(g, bits));
+  switch (bits) {
+    case 2:
+      return retile_direct_levels<2>(g, canonical, centred, tile);
+    case 4:
+      return retile_direct_levels<4>(g, canonical, centred, tile);
+    case 8:
+      return retile_direct_levels<8>(g, canonical, centred, tile);
+    default:
+      return retile_direct_floats(g, canonical, static_cast<float*>(tile));
+  }
+}
+
+// Results that vectors cannot write in place are gathered in a block of so many bytes.
+inline int64_t direct_block_pixels(const ConvGeometry& g, int64_t out_width) {
+  constexpr int64_t kBlockBytes = 64 << 10;
+  const int64_t pixels = kBlockBytes / (g.out_channels * static_cast<int64_t>(sizeof(float)));
+  return min_of(max_of(pixels, kTilePixels[1]), out_width);
+}
+
+template <typename Dword>
+inline int64_t direct_band_rows(const WindowShape& shape, int64_t out_rows) {
+  constexpr int64_t kBandBytes = 256 << 10;
+  const int64_t row_bytes = dword_row_step<Dword>(shape) * 4;
+  const int64_t affordable = kBandBytes / max_of(row_bytes, 1) - band_height(shape, 1);
+  return max_of(min_of(out_rows, affordable / shape.geometry.stride_h + 1), 1);
+}
+
+template <typename Dword, typename Vector>
+struct DirectScratch {
+  RowScratch row;
+  Dword* band;
+  Vector* sums;  // one tile
+  float* block;
+  float* block_values;
+  uint8_t* block_codes;
+  size_t bytes;
+};
+
+template <typename Dword, typename Vector>
+inline DirectScratch<Dword, Vector> direct_scratch(const WindowShape& shape, int64_t out_height,
+                                                   void* memory) {
+  Arena arena(memory);
+  DirectScratch<Dword, Vector> scratch;
+  scratch.row = row_scratch(shape, &arena);
+  const int64_t rows = direct_band_rows<Dword>(shape, out_height);
+  scratch.band = arena.take<Dword>(band_height(shape, rows) * dword_row_step<Dword>(shape));
+  scratch.sums = arena.take<Vector>(2 * kTilePixels[1]);
+  const int64_t outputs =
+      direct_block_pixels(shape.geometry, shape.out_width) * shape.geometry.out_channels;
+  scratch.block = arena.take<float>(outputs);
+  scratch.block_values = arena.take<float>(outputs);
+  scratch.block_codes = arena.take<uint8_t>(outputs);
+  scratch.bytes = arena.used();
+  return scratch;
+}
+
+// Everything that stays the same while a band is multiplied.
+template <typename Dword, typename Vector>
+struct DirectMultiply {
+  const ConvTask* task;
+  const WindowShape* shape;
+  DirectLayout layout;
+  DwordBand<Dword> band;
+  WindowWalk walk;
+  DotTiles<Vector> tiles[3];  // by the number of vectors
+  int32_t zero_point;         // that the sums are still to be corrected for
+  Vector* sums;
+
+  // The rows of the window of output row y that lie inside the input.
+  void inner_rows(int64_t y, int64_t* begin, int64_t* end) const {
+    const ConvGeometry& g = shape->geometry;
+    const int64_t top = y * g.stride_h - g.pad_top;
+    *begin = top >= 0 ? 0 : min_of(ceil_div(-top, g.dilation_h), g.kernel_h);
+    const int64_t below = shape->in_height - top;
+    *end = below <= 0 ? 0 : min_of(ceil_div(below, g.dilation_h), g.kernel_h);
+    *end = max_of(*end, *begin);
+  }
+
+  void start_sums(int64_t group, int64_t vector, int64_t vectors, int64_t row_begin,
+                  int64_t row_end, Ints* start) const {
+    const int32_t* all = static_cast<const int32_t*>(task->tile);
+    int32_t* lanes = reinterpret_cast<int32_t*>(start);
+    for (int64_t i = 0; i < vectors * kLanes; ++i) lanes[i] = 0;
+    if (zero_point == 0) return;
+    for (int64_t kh = row_begin; kh < row_end; ++kh) {
+      const int32_t* sums_of_row =
+          all + ((group * shape->geometry.kernel_h + kh) * layout.vectors + vector) * kLanes;
+      for (int64_t i = 0; i < vectors * kLanes; ++i) lanes[i] -= zero_point * sums_of_row[i];
+    }
+  }
+
+  void start_sums(int64_t, int64_t, int64_t vectors, int64_t, int64_t, Floats* start) const {
+    for (int64_t v = 0; v < vectors; ++v) start[v] = zero_floats();
+  }
+
+  // Output pixels [x_begin, x_end) of row y, channels of one or two vectors of a group, into
+  // `epilogue` with (out_y, 0) for (y, x_begin).
+  void run(int64_t y, int64_t x_begin, int64_t x_end, int64_t group, int64_t vector,
+           int64_t vectors, const VectorEpilogue& epilogue, int64_t out_y, int64_t out_x) const {
+    const ConvGeometry& g = shape->geometry;
+    int64_t row_begin;
+    int64_t row_end;
+    inner_rows(y, &row_begin, &row_end);
+    Vector start[2];
+    start_sums(group, vector, vectors, row_begin, row_end, start);
+    WindowWalk inner = walk;
+    inner.kernel_h = row_end - row_begin;
+    const Dword* row = band.row(y * g.stride_h - g.pad_top + row_begin * g.dilation_h) +
+                       group * band.planes * shape->band_width;
+    const Dword* weights = static_cast<const Dword*>(task->tile) + layout.sum_dwords +
+                           group * layout.group_dwords + vector * layout.vector_step +
+                           row_begin * g.kernel_w * layout.planes * kLanes;
+    const int64_t outputs = g.out_channels / g.groups;
+    const DotTiles<Vector>& sized = tiles[vectors];
+    for_each_tile(x_end - x_begin, sized.max_pixels, [&](int64_t first, int64_t pixels) {
+      const int64_t x = x_begin + first;
+      sized.tiles[pixels - 1](inner, row + x * g.stride_w, weights, start, sums);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t channel = (vector + v) * kLanes;
+        const Vector* column = sums + v;
+        finish_vector(epilogue, out_y, out_x + first, pixels, group * outputs + channel,
+                      min_of(outputs - channel, kLanes),
+                      [&](int64_t p) { return as_floats(column[p * vectors]); });
+      }
+    });
+  }
+
+  static Floats as_floats(Ints value) { return to_floats(value); }
+  static Floats as_floats(Floats value) { return value; }
+};
+
+// Calls fn(group, vector, vectors) for pairs of vectors of output channels and what is left over.
+template <typename Fn>
+inline void for_each_vector_pair(int64_t groups, int64_t vectors, Fn fn) {
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t vector = 0; vector < vectors; vector += 2) {
+      fn(group, vector, min_of(vectors - vector, 2));
+    }
+  }
+}
+
+template <typename Dword, typename Vector>
+inline void conv_direct(const ConvTask& task, void* memory) {
+  const MixedConv2dArgs& args = *task.args;
+  const ConvGeometry& g = args.geometry;
+  const WindowShape shape = window_shape(g, args.input, args.output.width);
+  const auto scratch = direct_scratch<Dword, Vector>(shape, args.output.height, memory);
+  const RowSource source = row_source(task, scratch.row);
+
+  DirectMultiply<Dword, Vector> multiply;
+  multiply.task = &task;
+  multiply.shape = &shape;
+  multiply.layout = direct_layout<Dword>(g);
+  multiply.walk.kernel_w = g.kernel_w;
+  multiply.walk.planes = multiply.layout.planes;
+  multiply.walk.row_step = g.dilation_h * dword_row_step<Dword>(shape);
+  multiply.walk.column_step = g.dilation_w;
+  multiply.walk.plane_step = shape.band_width;
+  multiply.walk.pixel_step = g.stride_w;
+  multiply.walk.vector_step = multiply.layout.vector_step;
+  multiply.tiles[1] = tiles_for_step<Dword, Vector, 1>(g.stride_w);
+  multiply.tiles[2] = tiles_for_step<Dword, Vector, 2>(g.stride_w);
+  multiply.zero_point = kSubtractsZeroPoint ? 0 : source.range.zero_point;
+  multiply.sums = scratch.sums;
+
+  const bool in_place = fits_vector_epilogue(task);
+  const VectorEpilogue epilogue =
+      in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
+  const Epilogue block_epilogue = conv_epilogue(task, scratch.block_values, scratch.block_codes);
+  const int64_t block_pixels = direct_block_pixels(g, shape.out_width);
+  const int64_t band_rows = direct_band_rows<Dword>(shape, args.output.height);
+  for (int64_t begin = task.row_begin; begin < task.row_end; begin += band_rows) {
+    const int64_t end = min_of(begin + band_rows, task.row_end);
+    load_dword_band(shape, source, begin, end, scratch.band, &multiply.band);
+    if (in_place) {
+      for_each_vector_pair(
+          g.groups, multiply.layout.vectors, [&](int64_t group, int64_t vector, int64_t vectors) {
+            for (int64_t y = begin; y < end; ++y) {
+              multiply.run(y, 0, shape.out_width, group, vector, vectors, epilogue, y, 0);
+            }
+          });
+      continue;
+    }
+    for (int64_t y = begin; y < end; ++y) {
+      for (int64_t x = 0; x < shape.out_width; x += block_pixels) {
+        const int64_t x_end = min_of(x + block_pixels, shape.out_width);
+        for_each_vector_pair(g.groups, multiply.layout.vectors,
+                             [&](int64_t group, int64_t vector, int64_t vectors) {
+                               multiply.run(y, x, x_end, group, vector, vectors, epilogue, 0, 0);
+                             });
+        finish_run(block_epilogue, y, x, x_end - x, scratch.block);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace DFS_ISA
+}  // namespace dfs
