@@ -51,14 +51,14 @@ void check_stored_widths(const FeatureMap& map, int64_t batch, const char* name)
   for (int64_t n = 0; n < batch; ++n) {
     const int32_t bits = map.bits[n];
     if (bits == 0) continue;
-    const std::string sample = std::string(name) + ".bits[" + std::to_string(n) + "] is ";
+    const auto sample = [&] { return std::string(name) + ".bits[" + std::to_string(n) + "] is "; };
     if (bits != 32 && (index_of(widths, bits) < 0 || !has_scales)) {
-      reject(sample + std::to_string(bits) + ", but its quantizer has only: " + width_list(widths) +
+      reject(sample() + std::to_string(bits) + ", but its quantizer has only: " + width_list(widths) +
              " (and 0 and 32)");
     }
     const int64_t needed = map.height * map.width * ((map.channels * bits + 7) / 8);
     if (map.row_bytes < needed) {
-      reject(sample + std::to_string(bits) + ", which takes rows of " + std::to_string(needed) +
+      reject(sample() + std::to_string(bits) + ", which takes rows of " + std::to_string(needed) +
              " bytes, but they have " + std::to_string(map.row_bytes));
     }
   }

@@ -277,7 +277,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   multiply.zero_point = kSubtractsZeroPoint ? 0 : source.range.zero_point;
   multiply.sums = scratch.sums;
 
-  const bool in_place = fits_vector_epilogue(task);
+  const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
   const Epilogue block_epilogue = conv_epilogue(task, scratch.block_values, scratch.block_codes);

@@ -205,33 +205,57 @@ inline size_t conv_scratch_bytes(const MixedConv2dArgs& args, int32_t bits) {
                     : conv_scratch<int16_t>(shape, args.output.height, nullptr).bytes;
 }
 
-inline void conv_rows(const ConvTask& task, void* memory) {
+// Reads the first used_width pixels of an input row, as what is multiplied: floats at 32 bits, else
+// distances from the zero point.
+struct RowReader {
+  SampleView input;
+  int64_t pixels;
+  bool as_stored;  // codes are used as they are
+  ActivationRange range;
+  float* values;  // scratch, one row
+  uint8_t* codes;
+
+  void operator()(int64_t y, float* dst) const { read_pixels(input, y, 0, pixels, codes, dst); }
+
+  void operator()(int64_t y, int16_t* levels) const {
+    const int64_t count = pixels * input.channels;
+    if (as_stored) {
+      unpack_pixels(pixel_codes(input, y, 0), pixels, input.channels, input.bits, false, codes);
+      levels_from_codes(codes, count, range.zero_point, levels);
+      return;
+    }
+    read_pixels(input, y, 0, pixels, codes, values);
+    levels_from_floats(values, count, range, levels);
+  }
+};
+
+inline RowReader row_reader(const ConvTask& task, const WindowShape& shape, float* values,
+                            uint8_t* codes) {
+  const MixedConv2dArgs& args = *task.args;
+  RowReader reader;
+  reader.input = sample_view(args.input, task.sample);
+  reader.pixels = shape.used_width;
+  reader.as_stored = args.input_quantizer.scale == nullptr;
+  reader.range = task.bits == 32    ? ActivationRange{}
+                 : reader.as_stored ? reader.input.range
+                                    : activation_range(args.input_quantizer, task.bits);
+  reader.values = values;
+  reader.codes = codes;
+  return reader;
+}
+
+template <typename T>
+inline void conv_rows_as(const ConvTask& task, void* memory) {
   const MixedConv2dArgs& args = *task.args;
   const WindowShape shape = window_shape(args.geometry, args.input, args.output.width);
-  const SampleView input = sample_view(args.input, task.sample);
-  const int64_t pixels = shape.used_width;
-  const int64_t count = pixels * input.channels;
-  if (task.bits == 32) {
-    const auto scratch = conv_scratch<float>(shape, args.output.height, memory);
-    conv_rows_of(task, shape, scratch, [&](int64_t y, float* values) {
-      read_pixels(input, y, 0, pixels, scratch.row_codes, values);
-    });
-    return;
-  }
-  const auto scratch = conv_scratch<int16_t>(shape, args.output.height, memory);
-  if (args.input_quantizer.scale == nullptr) {
-    conv_rows_of(task, shape, scratch, [&](int64_t y, int16_t* levels) {
-      unpack_pixels(pixel_codes(input, y, 0), pixels, input.channels, input.bits, false,
-                    scratch.row_codes);
-      levels_from_codes(scratch.row_codes, count, input.range.zero_point, levels);
-    });
-    return;
-  }
-  const ActivationRange range = activation_range(args.input_quantizer, task.bits);
-  conv_rows_of(task, shape, scratch, [&](int64_t y, int16_t* levels) {
-    read_pixels(input, y, 0, pixels, scratch.row_codes, scratch.row_values);
-    levels_from_floats(scratch.row_values, count, range, levels);
-  });
+  const auto scratch = conv_scratch<T>(shape, args.output.height, memory);
+  conv_rows_of(task, shape, scratch,
+               row_reader(task, shape, scratch.row_values, scratch.row_codes));
+}
+
+inline void conv_rows(const ConvTask& task, void* memory) {
+  if (task.bits == 32) return conv_rows_as<float>(task, memory);
+  conv_rows_as<int16_t>(task, memory);
 }
 
 inline bool same_encoding(const SampleView& a, const SampleView& b) {

@@ -5,6 +5,7 @@
 #include "bit_packing.h"
 #include "isa.h"
 #include "quantizer.h"
+#include "transpose.h"
 
 namespace dfs {
 namespace DFS_ISA {
@@ -61,6 +62,11 @@ inline void transpose_in(const float* src, int64_t stride_c, int64_t stride_w, i
     }
     return;
   }
+  if (stride_w == 1) {
+    constexpr int64_t kBytes = sizeof(float);
+    transpose(src, stride_c * kBytes, channels, pixels, dst, channels * kBytes);
+    return;
+  }
   for (int64_t c = 0; c < channels; ++c) {
     const float* plane = src + c * stride_c;
     for (int64_t x = 0; x < pixels; ++x) dst[x * channels + c] = plane[x * stride_w];
@@ -96,6 +102,11 @@ inline void write_pixels(const SampleView& view, int64_t y, int64_t x, int64_t p
         std::memcpy(dst + i * view.stride_w, values + i * view.channels,
                     static_cast<size_t>(view.channels) * sizeof(float));
       }
+      return;
+    }
+    if (view.stride_w == 1) {
+      constexpr int64_t kBytes = sizeof(float);
+      transpose(values, view.channels * kBytes, pixels, view.channels, dst, view.stride_c * kBytes);
       return;
     }
     for (int64_t c = 0; c < view.channels; ++c) {

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "dfs/types.h"
 
@@ -20,6 +22,17 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// fn(0), fn(1) ... fn(kCount - 1) with arguments that are constants: arrays indexed by them are
+// kept in registers, which compilers don't always manage for loops.
+template <typename Fn, int... kIndex>
+inline void unroll_over(Fn fn, std::integer_sequence<int, kIndex...>) {
+  (fn(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, typename Fn>
+inline void unroll(Fn fn) {
+  unroll_over(fn, std::make_integer_sequence<int, kCount>{});
+}
 
 // Hands out pieces of a task's scratch memory. Run over a null base it measures their sum.
 class Arena {

@@ -2,11 +2,15 @@
 #pragma once
 
 #include "isa.h"
+#if defined(__AVX2__)
 #include "vectors.h"
+#endif
 
 namespace dfs {
 namespace DFS_ISA {
 namespace {
+
+#if defined(__AVX2__)
 
 // Four columns of 4 rows in each 128-bit lane, given as the rows r, r + 1, r + 2, r + 3 of all
 // lanes, to four columns of 4 consecutive rows.
@@ -81,6 +85,8 @@ inline void transpose_4x4(const uint8_t* src, int64_t src_stride, uint8_t* dst,
   put(3, _mm_unpackhi_epi64(ab_high, cd_high));
 }
 
+#endif
+
 // dst[column][row] = src[row][column], elements of 4 bytes at any address; strides in bytes.
 inline void transpose(const void* source, int64_t src_stride, int64_t rows, int64_t columns,
                       void* target, int64_t dst_stride) {
@@ -90,6 +96,7 @@ inline void transpose(const void* source, int64_t src_stride, int64_t rows, int6
     std::memcpy(dst + column * dst_stride + row * 4, src + row * src_stride + column * 4, 4);
   };
   int64_t row = 0;
+#if defined(__AVX2__)
   for (; row + kLanes <= rows; row += kLanes) {
     int64_t column = 0;
     for (; column + 4 <= columns; column += 4) {
@@ -110,6 +117,7 @@ inline void transpose(const void* source, int64_t src_stride, int64_t rows, int6
       for (int64_t i = 0; i < 4; ++i) copy(row + i, column);
     }
   }
+#endif
   for (; row < rows; ++row) {
     for (int64_t column = 0; column < columns; ++column) copy(row, column);
   }

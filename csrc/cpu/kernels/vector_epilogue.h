@@ -45,14 +45,13 @@ inline bool has_adjacent_channels(const SampleView& view) {
   return view.values == nullptr || view.stride_c == 1 || view.channels == 1;
 }
 
-// Whether vectors can read the residual and write the output where they are. Groups of channels
-// must begin at a byte.
-inline bool fits_vector_epilogue(const ConvTask& task) {
+// Whether vectors can read the residual and write the output where they are. The runs of so many
+// channels that vectors are counted in must begin at a byte.
+inline bool fits_vector_epilogue(const ConvTask& task, int64_t run_channels) {
   const MixedConv2dArgs& args = *task.args;
   const SampleView output = sample_view(args.output, task.sample);
   if (output.bits == 0 || !has_adjacent_channels(output)) return false;
-  const int64_t group_outputs = args.geometry.out_channels / args.geometry.groups;
-  if (args.geometry.groups > 1 && group_outputs * output.bits % 8 != 0) return false;
+  if (run_channels < output.channels && run_channels * output.bits % 8 != 0) return false;
   if (!args.has_residual) return true;
   const SampleView residual = sample_view(args.residual, task.sample);
   return has_adjacent_channels(residual) && (residual.bits == 8 || residual.bits == 32);

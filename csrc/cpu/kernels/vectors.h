@@ -10,6 +10,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of the deliberately undefined operands in its own AVX-512 headers.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace dfs {
