@@ -184,10 +184,13 @@ struct DirectMultiply {
   void inner_rows(int64_t y, int64_t* begin, int64_t* end) const {
     const ConvGeometry& g = shape->geometry;
     const int64_t top = y * g.stride_h - g.pad_top;
-    *begin = top >= 0 ? 0 : min_of(ceil_div(-top, g.dilation_h), g.kernel_h);
     const int64_t below = shape->in_height - top;
-    *end = below <= 0 ? 0 : min_of(ceil_div(below, g.dilation_h), g.kernel_h);
-    *end = max_of(*end, *begin);
+    *begin = 0;
+    *end = g.kernel_h;
+    if (top < 0) *begin = min_of(ceil_div(-top, g.dilation_h), g.kernel_h);
+    if (below <= (g.kernel_h - 1) * g.dilation_h) {
+      *end = max_of(below <= 0 ? 0 : ceil_div(below, g.dilation_h), *begin);
+    }
   }
 
   void start_sums(int64_t group, int64_t vector, int64_t vectors, int64_t row_begin,

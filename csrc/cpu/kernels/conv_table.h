@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "kernel_table.h"
 #include "table_codes.h"
+#include "table_epilogue.h"
 #include "vector_epilogue.h"
 
 namespace dfs {
@@ -91,19 +92,6 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
 
 // Keeps the compiler from turning a chain of sums into a tree, whose leaves it would have to spill.
 inline void pin(__m512i* value) { asm("" : "+v"(*value)); }
-
-// 16-bit sums of 64 pixels, those at even and at odd positions.
-struct PixelSums {
-  __m512i even;
-  __m512i odd;
-
-  // The even positions also hold 256 times the odd ones, until finish().
-  void add_bytes(__m512i bytes) {
-    even = _mm512_add_epi16(even, bytes);
-    odd = _mm512_add_epi16(odd, _mm512_srli_epi16(bytes, 8));
-  }
-  void finish() { even = _mm512_sub_epi16(even, _mm512_slli_epi16(odd, 8)); }
-};
 
 // sums[output][vector] (+)= the products of kVectors * 64 pixels with four output channels over a
 // block of code planes.
@@ -246,6 +234,8 @@ struct TableScratch {
   uint16_t* code_sums;  // (raster)
   int32_t* base;        // (kTablePixels): what the sums of a pixel are corrected by
   PixelSums* sums;      // (kTableSpan, kTableVectors)
+  PixelSums* bases;     // (kTableVectors): the same in 16 bits
+  PlaneScratch planes;
   uint16_t* rows;       // (kTableVectors, 64, kLanes)
   float* block;         // (kTablePixels, O), if vectors cannot write the output
   float* block_values;  // (kFinishPixels, O)
@@ -262,6 +252,8 @@ inline TableScratch table_scratch(const TableShape& shape, void* memory) {
   scratch.sums = arena.take<PixelSums>(kTableSpan * kTableVectors);
   scratch.rows = arena.take<uint16_t>(kTablePixels * kLanes);
   const int64_t channels = shape.window.geometry.out_channels;
+  scratch.bases = arena.take<PixelSums>(kTableVectors);
+  scratch.planes = plane_scratch(channels, kTablePixels, &arena);
   scratch.block = arena.take<float>(kTablePixels * channels);
   scratch.block_values = arena.take<float>(kFinishPixels * channels);
   scratch.block_codes = arena.take<uint8_t>(kFinishPixels * channels);
@@ -331,6 +323,45 @@ struct TableMultiply {
     }
   }
 
+  // Codes of output channels [channel, channel + channels) as planes.
+  void finish_planes(const VectorEpilogue& epilogue, int64_t pixels, int64_t channel,
+                     int64_t channels) const {
+    const __m128i doubling = _mm_cvtsi32_si128(centred ? 1 : 0);
+    for (int64_t v = 0; v * kTableLanes < pixels; ++v) {
+      const PixelSums& base = scratch->bases[v];
+      for (int64_t o = channel; o < channel + channels; ++o) {
+        const __m512i correction =
+            _mm512_set1_epi16(static_cast<int16_t>(-zero_point * level_sums[o]));
+        const PixelSums& products = scratch->sums[(o - channel) * kTableVectors + v];
+        const auto correct = [&](__m512i sum, __m512i pixel_base) {
+          return _mm512_add_epi16(_mm512_add_epi16(_mm512_sll_epi16(sum, doubling), pixel_base),
+                                  correction);
+        };
+        const PixelSums sums = {correct(products.even, base.even), correct(products.odd, base.odd)};
+        const int64_t position = o * kTablePixels + v * kTableLanes;
+        const __m512i codes =
+            epilogue.residual_form == ResidualForm::kNone
+                ? plane_codes<false>(epilogue, o, sums, _mm512_setzero_si512())
+                : plane_codes<true>(epilogue, o, sums,
+                                    _mm512_loadu_si512(scratch->planes.residuals + position));
+        _mm512_storeu_si512(scratch->planes.planes + position, codes);
+      }
+    }
+  }
+
+  // The corrections of correct_pixels() in the order of the sums.
+  void split_bases(int64_t pixels) const {
+    for (int64_t v = 0; v * kTableLanes < pixels; ++v) {
+      // Even positions are the low halves of pairs of int32.
+      alignas(64) int16_t halves[2][32];
+      for (int64_t i = 0; i < kTableLanes; ++i) {
+        halves[i % 2][i / 2] = static_cast<int16_t>(scratch->base[v * kTableLanes + i]);
+      }
+      scratch->bases[v].even = _mm512_load_si512(halves[0]);
+      scratch->bases[v].odd = _mm512_load_si512(halves[1]);
+    }
+  }
+
   void finish(const VectorEpilogue& epilogue, int64_t y, int64_t x, int64_t pixels, int64_t offset,
               int64_t channel) const {
     alignas(64) int32_t lanes[kLanes];
@@ -358,6 +389,7 @@ inline void conv_table(const ConvTask& task, void* memory) {
   const int64_t most_rows = table_band_rows(window, args.output.height);
   const TableScratch scratch = table_scratch(table_shape(window, most_rows), memory);
   const RowSource source = row_source(task, scratch.codes.row);
+  const bool as_planes = fits_plane_epilogue(task);
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
@@ -390,9 +422,22 @@ inline void conv_table(const ConvTask& task, void* memory) {
     for (int64_t first = 0; first < pixels; first += kTablePixels) {
       const int64_t count = min_of(pixels - first, kTablePixels);
       multiply.correct_pixels(first, count);
+      const int64_t position = begin * window.out_width + first;
+      if (as_planes) {
+        multiply.split_bases(count);
+        if (epilogue.residual_form != ResidualForm::kNone) {
+          split_bytes(epilogue.residual.base + position * g.out_channels, count, g.out_channels,
+                      scratch.planes.halves, scratch.planes.residuals, kTablePixels);
+        }
+      }
       for (int64_t channel = 0; channel < g.out_channels; channel += kTableSpan) {
         const int64_t channels = round_up(min_of(g.out_channels - channel, kTableSpan), kLanes);
         multiply.sum(first, count, channel, channels);
+        if (as_planes) {
+          multiply.finish_planes(epilogue, count, channel,
+                                 min_of(g.out_channels - channel, kTableSpan));
+          continue;
+        }
         for (int64_t o = 0; o < channels; o += kLanes) {
           for (int64_t v = 0; v * kTableLanes < count; ++v) {
             transpose_sums(scratch.sums + o * kTableVectors + v, kTableVectors,
@@ -408,11 +453,19 @@ inline void conv_table(const ConvTask& task, void* memory) {
                        });
         }
       }
+      if (as_planes) {
+        store_planes(scratch.planes, epilogue.bits, g.out_channels, kTablePixels, count,
+                     epilogue.output.base + position * epilogue.output.pixel_step);
+        continue;
+      }
       if (in_place) continue;
-      for_each_run(
-          first, count, window.out_width, [&](int64_t y, int64_t x, int64_t run, int64_t offset) {
-            finish_run(block_epilogue, begin + y, x, run, scratch.block + offset * g.out_channels);
-          });
+      for_each_run(first, count, window.out_width,
+                   [&](int64_t y, int64_t x, int64_t run, int64_t offset) {
+                     for (int64_t i = 0; i < run; i += kFinishPixels) {
+                       finish_run(block_epilogue, begin + y, x + i, min_of(run - i, kFinishPixels),
+                                  scratch.block + (offset + i) * g.out_channels);
+                     }
+                   });
     }
   }
 }

@@ -96,13 +96,20 @@ inline DotTiles<Vector> tiles_for_step(int64_t step) {
       std::make_integer_sequence<int, kStridedTilePixels>{});
 }
 
-// Calls fn(x, pixels) for tiles of nearly equal width that make up a row.
+// Calls fn(x, pixels) for tiles of nearly equal width that make up `width` pixels.
 template <typename Fn>
 inline void for_each_tile(int64_t width, int64_t max_pixels, Fn fn) {
-  const int64_t count = ceil_div(width, max_pixels);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t begin = width * i / count;
-    fn(begin, width * (i + 1) / count - begin);
+  int64_t tiles = 1;
+  int64_t pixels = width;
+  if (width > max_pixels) {
+    tiles = ceil_div(width, max_pixels);
+    pixels = width / tiles;
+  }
+  int64_t wider = width - tiles * pixels;
+  for (int64_t x = 0; x < width; --wider) {
+    const int64_t count = pixels + (wider > 0 ? 1 : 0);
+    fn(x, count);
+    x += count;
   }
 }
 

@@ -56,6 +56,7 @@ inline int64_t rows_per_band(const WindowShape& shape, int64_t out_rows, size_t 
 
 // Whether any window of the band reads the band's row `row` (strides may jump over some).
 inline bool row_is_used(const ConvGeometry& g, int64_t row) {
+  if (g.dilation_h == 1 && g.stride_h <= g.kernel_h) return true;
   for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
     if ((row - kh * g.dilation_h) % g.stride_h == 0) return true;
   }
