@@ -93,13 +93,13 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
 // Keeps the compiler from turning a chain of sums into a tree, whose leaves it would have to spill.
 inline void pin(__m512i* value) { asm("" : "+v"(*value)); }
 
-// sums[output][vector] (+)= the products of kVectors * 64 pixels with four output channels over a
-// block of code planes.
-template <int kVectors>
+// sums[output][vector] (+)= the products of kVectors * 64 pixels with kOutputs output channels over
+// a block of code planes. The weights of four channels lie together, those of the next four
+// `weight_step` further on.
+template <int kVectors, int kOutputs>
 inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* row_offsets,
-                       int64_t kernel_h, int64_t planes, const uint16_t* weights, bool first,
-                       PixelSums* result) {
-  constexpr int kOutputs = static_cast<int>(kTableOutputs);
+                       int64_t kernel_h, int64_t planes, const uint16_t* weights,
+                       int64_t weight_step, bool first, PixelSums* result) {
   constexpr int kSums = kVectors * kOutputs;
   const uint8_t* table = kProducts.rows[0];
   __m512i even[kSums];
@@ -114,14 +114,16 @@ inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* 
       unroll<kVectors>(
           [&](auto v) { activations[v] = _mm512_loadu_si512(code + v * kTableLanes); });
       unroll<kOutputs>([&](auto o) {
-        const __m512i row = _mm512_load_si512(table + weights[o]);
+        constexpr int kGroup = o / static_cast<int>(kTableOutputs);
+        constexpr int kMember = o % static_cast<int>(kTableOutputs);
+        const __m512i row = _mm512_load_si512(table + weights[kGroup * weight_step + kMember]);
         unroll<kVectors>([&](auto v) {
           __m512i& sum = bytes[o * kVectors + v];
           sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(activations[v], row));
           pin(&sum);
         });
       });
-      weights += kOutputs;
+      weights += kTableOutputs;
       code += plane_step;
     };
     const auto widen = [&] {
@@ -302,10 +304,13 @@ struct TableMultiply {
       const int64_t planes = min_of(layout.triples - block, kTableBlock);
       const uint8_t* codes = scratch->codes.codes + block * shape->plane_step + first;
       const uint16_t* weights = offsets + layout.outputs * kernel_h * block;
-      for (int64_t o = 0; o < channels; o += kTableOutputs) {
-        const auto tile = pixels > kTableLanes ? table_tile<2> : table_tile<1>;
+      const int64_t weight_step = kTableOutputs * kernel_h * planes;
+      // Eight sums and what they are made from fill the registers.
+      const bool wide = pixels > kTableLanes;
+      const auto tile = wide ? table_tile<2, 4> : table_tile<1, 8>;
+      for (int64_t o = 0; o < channels; o += wide ? 4 : 8) {
         tile(codes, shape->plane_step, row_offsets, kernel_h, planes,
-             weights + (channel + o) * kernel_h * planes, block == 0,
+             weights + (channel + o) * kernel_h * planes, weight_step, block == 0,
              scratch->sums + o * kTableVectors);
       }
     }
@@ -349,16 +354,28 @@ struct TableMultiply {
     }
   }
 
-  // The corrections of correct_pixels() in the order of the sums.
-  void split_bases(int64_t pixels) const {
+  // The corrections of correct_pixels() for finish_planes().
+  void correct_planes(int64_t first, int64_t pixels) const {
+    alignas(64) uint16_t order[2][32];
+    for (int i = 0; i < 32; ++i) {
+      order[0][i] = static_cast<uint16_t>(2 * i);
+      order[1][i] = static_cast<uint16_t>(2 * i + 1);
+    }
+    const __m512i factor = _mm512_set1_epi16(centred ? -3 : -2);
+    const int64_t kernel_h = shape->window.geometry.kernel_h;
     for (int64_t v = 0; v * kTableLanes < pixels; ++v) {
-      // Even positions are the low halves of pairs of int32.
-      alignas(64) int16_t halves[2][32];
-      for (int64_t i = 0; i < kTableLanes; ++i) {
-        halves[i % 2][i / 2] = static_cast<int16_t>(scratch->base[v * kTableLanes + i]);
+      __m512i low = _mm512_setzero_si512();
+      __m512i high = _mm512_setzero_si512();
+      for (int64_t kh = 0; kh < kernel_h; ++kh) {
+        const uint16_t* sums = scratch->code_sums + row_offsets[kh] + first + v * kTableLanes;
+        low = _mm512_add_epi16(low, _mm512_loadu_si512(sums));
+        high = _mm512_add_epi16(high, _mm512_loadu_si512(sums + 32));
       }
-      scratch->bases[v].even = _mm512_load_si512(halves[0]);
-      scratch->bases[v].odd = _mm512_load_si512(halves[1]);
+      const auto positions = [&](const uint16_t* index) {
+        const __m512i sums = _mm512_permutex2var_epi16(low, _mm512_load_si512(index), high);
+        return _mm512_mullo_epi16(sums, factor);
+      };
+      scratch->bases[v] = {positions(order[0]), positions(order[1])};
     }
   }
 
@@ -421,14 +438,15 @@ inline void conv_table(const ConvTask& task, void* memory) {
     const int64_t pixels = rows * window.out_width;
     for (int64_t first = 0; first < pixels; first += kTablePixels) {
       const int64_t count = min_of(pixels - first, kTablePixels);
-      multiply.correct_pixels(first, count);
       const int64_t position = begin * window.out_width + first;
       if (as_planes) {
-        multiply.split_bases(count);
+        multiply.correct_planes(first, count);
         if (epilogue.residual_form != ResidualForm::kNone) {
           split_bytes(epilogue.residual.base + position * g.out_channels, count, g.out_channels,
                       scratch.planes.halves, scratch.planes.residuals, kTablePixels);
         }
+      } else {
+        multiply.correct_pixels(first, count);
       }
       for (int64_t channel = 0; channel < g.out_channels; channel += kTableSpan) {
         const int64_t channels = round_up(min_of(g.out_channels - channel, kTableSpan), kLanes);

@@ -46,7 +46,7 @@ inline TableShape table_shape(const WindowShape& window, int64_t out_rows) {
   if (shape.plane_step % 4096 == 0) shape.plane_step += kTableLanes;
   shape.aligned_columns = g.stride_h == 1 && g.stride_w == 1 && window.out_width == window.in_width;
   // Shifted reads may begin before a plane and end behind it.
-  const int64_t guard = round_up(max_of(window.band_width, kTableLanes), kTableLanes);
+  const int64_t guard = round_up(max_of(window.band_width, 2 * kTableLanes), kTableLanes);
   shape.input_plane_step = round_up(shape.in_rows * window.in_width, kTableLanes) + 2 * guard;
   return shape;
 }
@@ -71,7 +71,7 @@ inline TableCodesScratch table_codes_scratch(const TableShape& shape, Arena* are
   scratch.halves = arena->take<uint8_t>(2 * pixel_bytes + 16 * kTableLanes);
   scratch.planes = arena->take<uint8_t>(shape.bytes_per_pixel * shape.input_plane_step);
   const int64_t columns = shape.bytes_per_pixel * g.kernel_w * shape.plane_step;
-  scratch.columns = arena->take<uint8_t>(shape.aligned_columns ? 0 : columns);
+  scratch.columns = arena->take<uint8_t>(shape.aligned_columns ? 0 : columns + 2 * kTableLanes);
   scratch.inside = arena->take<uint64_t>(g.kernel_w * (shape.plane_step / kTableLanes));
   // Tiles read whole vectors from any offset.
   scratch.codes = arena->take<uint8_t>(shape.triples * shape.plane_step + 4 * kTableLanes);
@@ -132,6 +132,12 @@ inline const uint8_t* two_bit_pixels(const TableShape& shape, const RowSource& s
   return memory;
 }
 
+// Bits [begin, end) of 64.
+inline uint64_t bit_range(int64_t begin, int64_t end) {
+  if (begin >= end) return 0;
+  return (~uint64_t{0} >> (kTableLanes - (end - begin))) << begin;
+}
+
 // Bits of the pixels of a raster of `width` columns, from `first` on, whose column shifted by
 // `shift` lies inside the image.
 inline uint64_t inside_mask(int64_t first, int64_t width, int64_t shift) {
@@ -139,10 +145,7 @@ inline uint64_t inside_mask(int64_t first, int64_t width, int64_t shift) {
   const int64_t high = width - max_of(shift, 0);
   uint64_t mask = 0;
   for (int64_t row = first - first % width; row < first + kTableLanes; row += width) {
-    const int64_t begin = max_of(row + low - first, 0);
-    const int64_t end = min_of(row + high - first, kTableLanes);
-    if (begin >= end) continue;
-    mask |= (~uint64_t{0} >> (kTableLanes - (end - begin))) << begin;
+    mask |= bit_range(max_of(row + low - first, 0), min_of(row + high - first, kTableLanes));
   }
   return mask;
 }
@@ -159,31 +162,52 @@ struct ColumnPlane {
   }
 };
 
-// Fills the column planes where output columns are not simply shifted input columns.
-inline void gather_columns(const TableShape& shape, const uint8_t* planes, uint8_t outside,
+// Output columns [x, x + 64) of a row: every stride-th byte of src, from src + x * stride on. Only
+// [x + begin, x + end) are sure to be wanted.
+inline __m512i gather_bytes(const uint8_t* src, int64_t x, int64_t begin, int64_t end,
+                            int64_t stride, __m512i every_second) {
+  if (stride == 1) return _mm512_loadu_si512(src + x);
+  if (stride == 2) {
+    const __m512i low = _mm512_loadu_si512(src + 2 * x);
+    return _mm512_permutex2var_epi8(low, every_second,
+                                    _mm512_loadu_si512(src + 2 * x + kTableLanes));
+  }
+  alignas(64) uint8_t bytes[kTableLanes] = {};
+  for (int64_t i = begin; i < end; ++i) bytes[i] = src[(x + i) * stride];
+  return _mm512_load_si512(bytes);
+}
+
+// Fills the column planes where output columns are not simply shifted input columns. Rows are
+// written in the order of their addresses, since vectors reach past their ends.
+inline void gather_columns(const TableShape& shape, const uint8_t* planes, __m512i outside,
                            uint8_t* columns) {
   const ConvGeometry& g = shape.window.geometry;
   const int64_t out_width = shape.window.out_width;
   const int64_t in_width = shape.window.in_width;
+  alignas(64) uint8_t order[kTableLanes];
+  for (int i = 0; i < kTableLanes; ++i) order[i] = static_cast<uint8_t>(2 * i);
+  const __m512i every_second = _mm512_load_si512(order);
   for (int64_t j = 0; j < shape.bytes_per_pixel; ++j) {
     for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
       const int64_t shift = kw * g.dilation_w - g.pad_left;
       // Columns x with 0 <= x * stride_w + shift < in_width.
-      const int64_t low = min_of(max_of(ceil_div(max_of(-shift, 0), g.stride_w), 0), out_width);
-      const int64_t high =
-          max_of(min_of(ceil_div(max_of(in_width - shift, 0), g.stride_w), out_width), low);
-      for (int64_t row = 0; row < shape.in_rows; ++row) {
-        const uint8_t* src = planes + j * shape.input_plane_step + row * in_width + shift;
-        uint8_t* dst = columns + (j * g.kernel_w + kw) * shape.plane_step +
-                       (row % g.stride_h * shape.phase_rows + row / g.stride_h) * out_width;
-        std::memset(dst, outside, static_cast<size_t>(low));
-        std::memset(dst + high, outside, static_cast<size_t>(out_width - high));
-        if (g.stride_w == 1) {
-          std::memcpy(dst + low, src + low, static_cast<size_t>(high - low));
-        } else if (g.stride_w == 2) {
-          for (int64_t x = low; x < high; ++x) dst[x] = src[2 * x];
-        } else {
-          for (int64_t x = low; x < high; ++x) dst[x] = src[x * g.stride_w];
+      const int64_t low = ceil_div(max_of(-shift, 0), g.stride_w);
+      const int64_t high = ceil_div(max_of(in_width - shift, 0), g.stride_w);
+      const uint8_t* plane = planes + j * shape.input_plane_step + shift;
+      uint8_t* column = columns + (j * g.kernel_w + kw) * shape.plane_step;
+      for (int64_t phase = 0; phase < g.stride_h; ++phase) {
+        for (int64_t i = 0; i < shape.phase_rows; ++i) {
+          const int64_t row = i * g.stride_h + phase;
+          if (row >= shape.in_rows) break;
+          uint8_t* dst = column + (phase * shape.phase_rows + i) * out_width;
+          for (int64_t x = 0; x < out_width; x += kTableLanes) {
+            const int64_t first = min_of(max_of(low - x, 0), kTableLanes);
+            const int64_t last = min_of(max_of(high - x, first), kTableLanes);
+            const __m512i inner =
+                gather_bytes(plane + row * in_width, x, first, last, g.stride_w, every_second);
+            _mm512_storeu_si512(dst + x,
+                                _mm512_mask_mov_epi8(outside, bit_range(first, last), inner));
+          }
         }
       }
     }
@@ -287,6 +311,7 @@ inline void load_table_codes(const TableShape& shape, const RowSource& source, i
                 planes + (begin - first) * width, shape.input_plane_step);
   }
 
+  const __m512i outside_bytes = _mm512_set1_epi8(static_cast<char>(outside));
   const int64_t blocks = shape.plane_step / kTableLanes;
   if (shape.aligned_columns) {
     for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
@@ -296,7 +321,7 @@ inline void load_table_codes(const TableShape& shape, const RowSource& source, i
       }
     }
   } else {
-    gather_columns(shape, planes, outside, scratch.columns);
+    gather_columns(shape, planes, outside_bytes, scratch.columns);
   }
   const auto plane_of = [&](int64_t j, int64_t kw) -> ColumnPlane {
     if (!shape.aligned_columns) {
@@ -305,7 +330,6 @@ inline void load_table_codes(const TableShape& shape, const RowSource& source, i
     return {planes + j * shape.input_plane_step + kw * g.dilation_w - g.pad_left,
             scratch.inside + kw * blocks};
   };
-  const __m512i outside_bytes = _mm512_set1_epi8(static_cast<char>(outside));
   if (g.kernel_w == 3) {
     merge_three_taps(shape, outside_bytes, plane_of, scratch.codes);
   } else {
