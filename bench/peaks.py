@@ -1,0 +1,98 @@
+"""How fast this processor multiplies and adds at best, measured beside the benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench import peers
+from bench.layers import Layer
+from bench.prepared import Unavailable
+
+_ROUNDS = 12
+# Large, and in the cache: what oneDNN runs at its best.
+_CONVOLUTION = Layer("256x14x14", "square", 256, 256, 14, (1,))
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Multiply-accumulates a second.
+
+    Attributes:
+        fma: float32.
+        int8: 8-bit codes into 32-bit sums.
+        source: "native" for our own instruction loops, "library" for the best rate that PyTorch
+            reached on large problems, which is a little below the processor's peak.
+    """
+
+    fma: float
+    int8: float
+    source: str
+
+
+@cache
+def measured_peaks(threads: int) -> Peaks:
+    """The peaks on a number of threads, which must be the one that is set in PyTorch."""
+    native = _native_rates()
+    if native is not None:
+        # Of one core. Cores do not share multipliers.
+        return Peaks(native["fma"] * threads, native["int8"] * threads, "native")
+    with torch.no_grad():
+        return Peaks(_best_rate(_float_problems()), _best_rate(_int8_problems(threads)), "library")
+
+
+def _native_rates() -> dict[str, float] | None:
+    try:
+        from dfs_kernels import _cpu
+    except ImportError:
+        return None
+    measure = getattr(_cpu, "peak_rates", None)
+    return None if measure is None else measure()
+
+
+Problem = tuple[int, Callable[[], Any]]
+
+
+def _float_problems() -> list[Problem]:
+    problems: list[Problem] = []
+    for size in (512, 1024):
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        problems.append((size**3, partial(torch.mm, a, b)))
+    layer = _CONVOLUTION
+    weight = torch.randn(layer.out_channels, layer.in_channels, 3, 3)
+    for batch in (1, 4):
+        x = torch.randn(batch, layer.in_channels, layer.side, layer.side)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            a, b = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+            problems.append((batch * layer.macs, partial(F.conv2d, a, b, padding=1)))
+    return problems
+
+
+def _int8_problems(threads: int) -> list[Problem]:
+    rows, columns = 512, 1024
+    a = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    b = torch.randint(-128, 128, (columns, columns), dtype=torch.int8)
+    problems: list[Problem] = [(rows * columns**2, partial(torch._int_mm, a, b))]
+    try:
+        call = peers.torch_int8(_CONVOLUTION, 1, threads).call
+    except Unavailable:
+        return problems
+    return [*problems, (_CONVOLUTION.macs, call)]
+
+
+def _best_rate(problems: list[Problem]) -> float:
+    """Of all problems and rounds: whatever slows a round down is not the processor's peak."""
+    best = 0.0
+    for macs, call in problems:
+        call()
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            call()
+            best = max(best, macs / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,32 @@
+"""What a contestant hands over to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class Unavailable(Exception):  # noqa: N818  (a reason to skip, not an error)
+    """Why a contestant can't run here."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One contestant on one layer and batch.
+
+    Attributes:
+        call: one convolution of the batch.
+        check: runs ``call`` once and asserts that the result is right.
+        copies: sets of buffers that ``call`` goes round; 1 where they stay in the cache.
+    """
+
+    call: Callable[[], Any]
+    check: Callable[[], None]
+    copies: int = 1
+
+    def check_and_warm_up(self) -> None:
+        """Check, then go round all buffers, so that none is new memory when time is taken."""
+        self.check()
+        for _ in range(self.copies):
+            self.call()
