@@ -15,6 +15,7 @@ from bench.bars import Case, cases
 from bench.prepared import Unavailable
 
 pytest.importorskip("pytest_benchmark")
+pytest.importorskip("dfs_kernels._cpu")
 
 CASES = tuple(cases())
 
@@ -24,12 +25,12 @@ CASES = tuple(cases())
 )
 @pytest.mark.parametrize("threads", [1, 2], ids=["1thread", "2threads"], indirect=True)
 def test_bar(benchmark: Any, verdicts: list[dict[str, Any]], threads: int, case: Case) -> None:
+    benchmark.group = f"bars, threads {threads}"
     with torch.no_grad():
         try:
             verdict = benchmark.pedantic(case.measure, args=(threads,), rounds=1, iterations=1)
         except Unavailable as reason:
             pytest.skip(str(reason))
-    benchmark.group = f"bars, {threads} thread{'s'[: threads - 1]}"
     info = {
         "kind": "bar",
         "bar": case.bar.name,

@@ -29,7 +29,7 @@ pytest.importorskip("dfs_kernels._cpu")
 # somebody who runs them all.
 ROUND_SECONDS = 200e-6
 BENCHMARK_SECONDS = 0.1
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
 # Until threads that spin after the last benchmark's calls have gone to sleep.
 SETTLE_SECONDS = 0.015
 

@@ -11,6 +11,8 @@ import torch
 from bench import machine
 from dfs_kernels import backend_info, warmup
 
+# Before the benchmarks add to it themselves.
+_LOAD_AT_START = machine.load()
 VERDICTS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
@@ -49,8 +51,9 @@ def verdicts(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    # Results are shared: the processor matters, the name of the machine does not.
-    machine_info.pop("node", None)
+    # Results are shared: the processor matters, the machine's name and its system do not.
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info["dfs"] = {
         "cpu": machine.cpu_model(),
         "cpus": machine.cpu_count(),
@@ -58,7 +61,21 @@ def pytest_benchmark_update_machine_info(
         "missing_flags": list(machine.missing_flags()),
         "backend": backend_info()["cpu"],
         "torch": torch.__version__,
+        "load": _LOAD_AT_START,
+        "is_busy": machine.is_busy(_LOAD_AT_START),
     }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    output_json["commit_info"].pop("project", None)  # the name of a folder
+    for benchmark in output_json["benchmarks"]:
+        # Objects that JSON has no form for; extra_info says the same.
+        benchmark["params"] = {}
+        # Every round's time: too much to keep under version control.
+        benchmark["stats"].pop("data", None)
 
 
 def pytest_terminal_summary(
@@ -68,14 +85,19 @@ def pytest_terminal_summary(
     if not verdicts:
         return
     terminalreporter.section("bars")
+    if machine.is_busy(_LOAD_AT_START):
+        terminalreporter.write_line(
+            f"The machine was busy at the start (load {_LOAD_AT_START:.1f}): do not trust these."
+        )
     missing = machine.missing_flags()
     if missing:
         terminalreporter.write_line(f"They assume {' and '.join(missing)}, which are missing here.")
     for v in verdicts:
-        word = "held  " if v["held"] else "MISSED"
+        clear = v["high"] <= v["limit"] or v["low"] > v["limit"]
+        word = ("held  " if v["held"] else "MISSED") + (" " if clear else "?")
         line = (
             f"{word} {v['ratio']:7.3f} <= {v['limit']:<5g} [{v['low']:.3f} to {v['high']:.3f}]  "
-            f"{v['label']}, {v['layer']} batch {v['batch']}, {v['threads']} thread"
+            f"{v['label']}, {v['layer']} batch {v['batch']}, threads {v['threads']}"
         )
         if "fraction_of_peak" in v:
             line += f", {100 * v['fraction_of_peak']:.0f} % of the peak"

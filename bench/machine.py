@@ -37,6 +37,16 @@ def cpu_model() -> str:
     return f"{info['model name']} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
+def load() -> float:
+    """Processes that wanted to run during the last minute, 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def is_busy(load: float) -> bool:
+    """Whether somebody else's work disturbs the times of two threads."""
+    return load > 0.5 * cpu_count()
+
+
 def missing_flags() -> tuple[str, ...]:
     """What the processor lacks of the instruction sets that the bars were set for."""
     flags = _cpuinfo().get("flags", "").split()

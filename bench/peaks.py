@@ -36,18 +36,32 @@ class Peaks:
     source: str
 
 
-@cache
 def measured_peaks(threads: int) -> Peaks:
-    """The peaks on a number of threads, which must be the one that is set in PyTorch."""
+    """The peaks of a number of threads: that many times the peaks of one.
+
+    Measured on one thread, since two are at the mercy of whatever else runs, and a peak that comes
+    out too low makes everybody look good. Where two processors share a core it is too high.
+    """
+    peaks = _peaks_of_one_thread()
+    return Peaks(peaks.fma * threads, peaks.int8 * threads, peaks.source)
+
+
+@cache
+def _peaks_of_one_thread() -> Peaks:
     native = _native_rates()
     if native is not None:
-        # Of one core. Cores do not share multipliers.
-        return Peaks(native["fma"] * threads, native["int8"] * threads, "native")
-    with torch.no_grad():
-        return Peaks(_best_rate(_float_problems()), _best_rate(_int8_problems(threads)), "library")
+        return Peaks(native["fma"], native["int8"], "native")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return Peaks(_best_rate(_float_problems()), _best_rate(_int8_problems()), "library")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _native_rates() -> dict[str, float] | None:
+    """What the compiled module says of one core, if it can."""
     try:
         from dfs_kernels import _cpu
     except ImportError:
@@ -74,13 +88,13 @@ def _float_problems() -> list[Problem]:
     return problems
 
 
-def _int8_problems(threads: int) -> list[Problem]:
+def _int8_problems() -> list[Problem]:
     rows, columns = 512, 1024
     a = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     b = torch.randint(-128, 128, (columns, columns), dtype=torch.int8)
     problems: list[Problem] = [(rows * columns**2, partial(torch._int_mm, a, b))]
     try:
-        call = peers.torch_int8(_CONVOLUTION, 1, threads).call
+        call = peers.torch_int8(_CONVOLUTION, 1, 1).call
     except Unavailable:
         return problems
     return [*problems, (_CONVOLUTION.macs, call)]
