@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from bench import peers
-from bench.layers import Layer
+from bench.layers import Layer, layer_input, layer_weights
 from bench.prepared import Unavailable
 
 _ROUNDS = 12
 # Large, and in the cache: what oneDNN runs at its best.
-_CONVOLUTION = Layer("256x14x14", "square", 256, 256, 14, (1,))
+_CONVOLUTIONS = (
+    (Layer("256x14x14", "square", 256, 256, 14, (1,)), 1),
+    (Layer("512x7x7", "square", 512, 512, 7, (8,)), 8),
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,8 @@ def _float_problems() -> list[Problem]:
     for size in (512, 1024):
         a, b = torch.randn(size, size), torch.randn(size, size)
         problems.append((size**3, partial(torch.mm, a, b)))
-    layer = _CONVOLUTION
-    weight = torch.randn(layer.out_channels, layer.in_channels, 3, 3)
-    for batch in (1, 4):
-        x = torch.randn(batch, layer.in_channels, layer.side, layer.side)
+    for layer, batch in _CONVOLUTIONS:
+        x, weight = layer_input(layer, batch), layer_weights(layer).weight
         for memory_format in (torch.contiguous_format, torch.channels_last):
             a, b = (t.contiguous(memory_format=memory_format) for t in (x, weight))
             problems.append((batch * layer.macs, partial(F.conv2d, a, b, padding=1)))
@@ -93,11 +95,12 @@ def _int8_problems() -> list[Problem]:
     a = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     b = torch.randint(-128, 128, (columns, columns), dtype=torch.int8)
     problems: list[Problem] = [(rows * columns**2, partial(torch._int_mm, a, b))]
-    try:
-        call = peers.torch_int8(_CONVOLUTION, 1, 1).call
-    except Unavailable:
-        return problems
-    return [*problems, (_CONVOLUTION.macs, call)]
+    for layer, batch in _CONVOLUTIONS:
+        # Without a oneDNN engine the product has to do.
+        with suppress(Unavailable):
+            call = peers.torch_int8(layer, batch, threads=1).call
+            problems.append((batch * layer.macs, call))
+    return problems
 
 
 def _best_rate(problems: list[Problem]) -> float:
