@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,21 +12,30 @@ import torch
 from bench import machine
 from dfs_kernels import backend_info, warmup
 
-# Before the benchmarks add to it themselves.
-_LOAD_AT_START = machine.load()
 VERDICTS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+# Of the processors' time, what others took before and after the benchmarks.
+BUSY_SHARES: pytest.StashKey[list[float]] = pytest.StashKey()
+_QUIET = 0.1
+# Until PyTorch's threads have stopped spinning.
+_OWN_THREADS_SECONDS = 0.05
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[VERDICTS] = []
+    config.stash[BUSY_SHARES] = []
 
 
 @pytest.fixture(autouse=True, scope="session")
-def warm_process() -> None:
+def quiet_and_warm(request: pytest.FixtureRequest) -> Iterator[None]:
+    busy_shares = request.config.stash[BUSY_SHARES]
+    busy_shares.append(machine.busy_share())
     warmup()
     # glibc maps large blocks afresh, page fault by page fault, until it has seen one freed. This
     # makes it take all results of any contestant from memory that it keeps.
     torch.empty(31 << 20, dtype=torch.uint8).fill_(1)
+    yield
+    time.sleep(_OWN_THREADS_SECONDS)
+    busy_shares.append(machine.busy_share())
 
 
 @pytest.fixture
@@ -61,8 +71,6 @@ def pytest_benchmark_update_machine_info(
         "missing_flags": list(machine.missing_flags()),
         "backend": backend_info()["cpu"],
         "torch": torch.__version__,
-        "load": _LOAD_AT_START,
-        "is_busy": machine.is_busy(_LOAD_AT_START),
     }
 
 
@@ -71,6 +79,8 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     output_json["commit_info"].pop("project", None)  # the name of a folder
+    busy = max(config.stash[BUSY_SHARES], default=0.0)
+    output_json["machine_info"]["dfs"].update(busy_share=busy, is_quiet=busy <= _QUIET)
     for benchmark in output_json["benchmarks"]:
         # Objects that JSON has no form for; extra_info says the same.
         benchmark["params"] = {}
@@ -85,9 +95,10 @@ def pytest_terminal_summary(
     if not verdicts:
         return
     terminalreporter.section("bars")
-    if machine.is_busy(_LOAD_AT_START):
+    busy = max(config.stash[BUSY_SHARES], default=0.0)
+    if busy > _QUIET:
         terminalreporter.write_line(
-            f"The machine was busy at the start (load {_LOAD_AT_START:.1f}): do not trust these."
+            f"Others took {100 * busy:.0f} % of the processors' time: do not trust these."
         )
     missing = machine.missing_flags()
     if missing:

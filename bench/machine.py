@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from functools import cache
 from pathlib import Path
 
@@ -37,14 +38,25 @@ def cpu_model() -> str:
     return f"{info['model name']} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
-def load() -> float:
-    """Processes that wanted to run during the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+def busy_share(seconds: float = 0.5) -> float:
+    """How much of the processors' time others take, measured while this process sleeps.
+
+    Between 0 and 1; 0 where the system does not tell. What a hypervisor gives to somebody else
+    counts as taken.
+    """
+    before = _processor_times()
+    time.sleep(seconds)
+    spent = [b - a for a, b in zip(before, _processor_times(), strict=True)]
+    idle = sum(spent[3:5])
+    return 1 - idle / sum(spent) if sum(spent) else 0.0
 
 
-def is_busy(load: float) -> bool:
-    """Whether somebody else's work disturbs the times of two threads."""
-    return load > 0.5 * cpu_count()
+def _processor_times() -> list[int]:
+    """User, nice, system, idle, waiting for input or output, interrupts (two), stolen."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return []
+    return [int(ticks) for ticks in path.read_text().split(maxsplit=9)[1:9]]
 
 
 def missing_flags() -> tuple[str, ...]:

@@ -320,8 +320,9 @@ def _describe(run: Run) -> str:
     text = ", ".join(fact for fact in facts if fact)
     if ours.get("missing_flags"):
         text += f". The bars assume {' and '.join(ours['missing_flags'])}, which it lacks"
-    if ours.get("is_busy"):
-        text += f". **It was busy** (load {ours['load']:.1f} at the start): do not trust the times"
+    if not ours.get("is_quiet", True):
+        share = 100 * ours.get("busy_share", 0)
+        text += f". **Others took {share:.0f} % of the processors' time**: do not trust the times"
     return f"{text}."
 
 

@@ -135,11 +135,15 @@ def test_machine_and_commit_are_named(results: Path) -> None:
 
 def test_what_spoils_a_run_is_said(tmp_path: Path) -> None:
     path = run_file(
-        tmp_path / "a.json", [bar("int8", 1, 1)], missing_flags=["x"], is_busy=True, load=3.0
+        tmp_path / "a.json",
+        [bar("int8", 1, 1)],
+        missing_flags=["x"],
+        is_quiet=False,
+        busy_share=0.6,
     )
     text = report.markdown(report.load(path))
     assert "The bars assume x" in text
-    assert "busy" in text
+    assert "Others took 60 %" in text
 
 
 def test_command_prints_and_writes(
