@@ -79,7 +79,7 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     output_json["commit_info"].pop("project", None)  # the name of a folder
-    busy = max(config.stash[BUSY_SHARES], default=0.0)
+    busy = _busy_share(config)
     output_json["machine_info"]["dfs"].update(busy_share=busy, is_quiet=busy <= _QUIET)
     for benchmark in output_json["benchmarks"]:
         # Objects that JSON has no form for; extra_info says the same.
@@ -95,7 +95,7 @@ def pytest_terminal_summary(
     if not verdicts:
         return
     terminalreporter.section("bars")
-    busy = max(config.stash[BUSY_SHARES], default=0.0)
+    busy = _busy_share(config)
     if busy > _QUIET:
         terminalreporter.write_line(
             f"Others took {100 * busy:.0f} % of the processors' time: do not trust these."
@@ -115,3 +115,8 @@ def pytest_terminal_summary(
         terminalreporter.write_line(line, green=v["held"], red=not v["held"])
     held = sum(v["held"] for v in verdicts)
     terminalreporter.write_line(f"{held} of {len(verdicts)} held")
+
+
+def _busy_share(config: pytest.Config) -> float:
+    shares: list[float] = config.stash[BUSY_SHARES]
+    return max(shares, default=0.0)
