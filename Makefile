@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_JSON ?= .benchmarks/latest.json
 
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
@@ -17,7 +18,7 @@ SOURCES := setup.py $(wildcard build_tools/*.py) \
 help:
 	@echo 'make demo       train and run a small dynamic network, no download of data needed'
 	@echo 'make test       run the test suite (PYTEST_ARGS=... is passed on)'
-	@echo 'make bench      run the benchmarks'
+	@echo 'make bench      run the benchmarks and report them (BENCH_JSON=... says where to)'
 	@echo 'make lint       check style and types; make format: fix style'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
 	@echo 'make clean      remove what was built, .venv too'
@@ -28,8 +29,10 @@ demo: $(VENV)/.built $(VENV)/.installed-demo
 test: $(VENV)/.built $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.built $(VENV)/.installed-test
-	@$(BIN)/python -m pytest bench/ --benchmark-only $(PYTEST_ARGS)
+bench: $(VENV)/.built $(VENV)/.installed-bench
+	@mkdir -p $(dir $(BENCH_JSON))
+	@$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+	@$(BIN)/python -m bench.report $(BENCH_JSON)
 
 lint: $(VENV)/.built $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels beside PyTorch and ONNX Runtime; see bench/README.md."""

@@ -1,0 +1,80 @@
+"""Times contestants in turns, so that a noisy machine is noisy for all of them.
+
+A ratio is taken within each round, between neighbours in time, and the median of the rounds is
+what counts: drifts of the clock cancel, and a round that was disturbed is one outlier.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ROUNDS = 15
+# A contestant's turn in a round lasts about this long, however short its calls are.
+_TURN_SECONDS = 1e-3
+# The worker threads of PyTorch's OpenMP spin for up to 10 ms after a call (measured: the process's
+# time on the processor while it sleeps). Whoever came next would share the cores with them.
+_PAUSE_SECONDS = 0.015
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some rounds and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def per_round(
+    times: Sequence[Sequence[float]], statistic: Callable[[Sequence[float]], float]
+) -> list[float]:
+    """A statistic of the contestants' times in each round.
+
+    Args:
+        times: of each contestant in each round, as :func:`interleave` gives them.
+        statistic: of one round's times, in the order of the contestants.
+    """
+    return [statistic(values) for values in zip(*times, strict=True)]
+
+
+def interleave(
+    calls: Sequence[Callable[[], Any]], *, threads: int, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """Seconds per call of each contestant in each round: A B A B and so on.
+
+    Args:
+        threads: with more than one, every turn starts with a pause and an untimed call, which
+            wakes the contestant's own threads.
+    """
+    counts = [_calls_per_turn(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, count, seconds in zip(calls, counts, times, strict=True):
+            if threads > 1:
+                time.sleep(_PAUSE_SECONDS)
+                call()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            seconds.append((time.perf_counter() - start) / count)
+    return times
+
+
+def _calls_per_turn(call: Callable[[], Any]) -> int:
+    call()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return max(1, round(_TURN_SECONDS / max(seconds, 1e-7)))

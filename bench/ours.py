@@ -1,0 +1,213 @@
+"""This project's own contestants: the public functions on the default backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.layers import INTEGER_WIDTHS, UNSIGNED_STEPS, Layer, layer_input, layer_weights
+from bench.prepared import Prepared
+from bench.rotation import Rotation, copies_to_rotate
+from dfs_kernels import PackedActivation, PackedConvWeight, mixed_conv2d, quantize_pack
+
+MIX = (0, 2, 4, 8)
+
+# From a batch, and the name of a backend other than the default, to the result.
+Run = Callable[..., Any]
+# From layer, batch and threads.
+Maker = Callable[[Layer, int, int], Prepared]
+
+
+def steps(layer: Layer) -> Tensor:
+    """Of the input, indexed like the widths."""
+    return torch.tensor([layer.steps[bits] for bits in INTEGER_WIDTHS])
+
+
+def zero_points(layer: Layer) -> Tensor:
+    return torch.tensor([layer.zero_points[bits] for bits in INTEGER_WIDTHS], dtype=torch.int32)
+
+
+def output_steps() -> Tensor:
+    """Of the output, which has been through a ReLU, so that its zero points are 0."""
+    return torch.tensor([UNSIGNED_STEPS[bits] for bits in INTEGER_WIDTHS])
+
+
+def repeated_bits(widths: Sequence[int], batch: int) -> Tensor:
+    """``widths`` over and over: int32 (batch,)."""
+    return torch.tensor([widths[n % len(widths)] for n in range(batch)], dtype=torch.int32)
+
+
+def packed_input(layer: Layer, bits: Tensor) -> PackedActivation:
+    """A batch with each sample at its own integer width; rows have room for 8 bits."""
+    return quantize_pack(
+        layer_input(layer, len(bits)),
+        bits,
+        steps(layer),
+        zero_points(layer),
+        bit_options=INTEGER_WIDTHS,
+    )
+
+
+def packed_float_input(layer: Layer, batch: int) -> PackedActivation:
+    return quantize_pack(layer_input(layer, batch), 32, 1.0, bit_options=(32,))
+
+
+def run_packed(layer: Layer) -> Run:
+    """Packed in, packed out with a ReLU, at the samples' own integer widths."""
+    return _run_packed(layer, layer_weights(layer).packed, output_steps())
+
+
+def run_packed_float(layer: Layer) -> Run:
+    """The same where all samples are at 32 bits."""
+    return _run_packed(layer, layer_weights(layer).packed_float, torch.ones(1))
+
+
+def run_float_at_8(layer: Layer, batch: int) -> Run:
+    """Float32 in, quantized inside, float32 out, no ReLU; for at most ``batch`` samples."""
+    weight = layer_weights(layer).packed
+    scale, zero_point = steps(layer), zero_points(layer)
+    bits = repeated_bits((8,), batch)
+
+    def run(x: Tensor, backend: str | None = None) -> Any:
+        return mixed_conv2d(
+            x,
+            weight,
+            bits[: len(x)],
+            scale,
+            zero_point,
+            stride=layer.stride,
+            padding=layer.padding,
+            groups=layer.groups,
+            backend=backend,
+        )
+
+    return run
+
+
+def packed_batch(layer: Layer, bits: Tensor, rotate: bool = True) -> Prepared:
+    """:func:`run_packed` on samples of the given widths."""
+    touched = int(bits.sum()) / 8 * (layer.in_values + layer.out_values) if rotate else 0
+    return _prepare(run_packed(layer), packed_input(layer, bits), touched)
+
+
+def packed_at(bits: int) -> Maker:
+    def make(layer: Layer, batch: int, threads: int) -> Prepared:
+        return packed_batch(layer, repeated_bits((bits,), batch))
+
+    return make
+
+
+def packed_mix(layer: Layer, batch: int, threads: int) -> Prepared:
+    """Equal parts of the widths, taking turns."""
+    return packed_batch(layer, repeated_bits(MIX, batch))
+
+
+def float_at_8(layer: Layer, batch: int, threads: int) -> Prepared:
+    x = layer_input(layer, batch)
+    return _prepare(run_float_at_8(layer, batch), x, _float_bytes(layer, batch))
+
+
+def packed_float(layer: Layer, batch: int, threads: int) -> Prepared:
+    x = packed_float_input(layer, batch)
+    return _prepare(run_packed_float(layer), x, _float_bytes(layer, batch))
+
+
+def plain_float(channels_last: bool) -> Maker:
+    """Float32 in, float32 out at 32 bits, no ReLU: what PyTorch's convolution computes."""
+
+    def make(layer: Layer, batch: int, threads: int) -> Prepared:
+        weight = layer_weights(layer).packed_float
+        bits = repeated_bits((32,), batch)
+
+        def run(x: Tensor, backend: str | None = None) -> Any:
+            return mixed_conv2d(
+                x,
+                weight,
+                bits[: len(x)],
+                stride=layer.stride,
+                padding=layer.padding,
+                groups=layer.groups,
+                backend=backend,
+            )
+
+        x = layer_input(layer, batch)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return _prepare(run, x, _float_bytes(layer, batch), is_float_sum=True)
+
+    return make
+
+
+def _run_packed(layer: Layer, weight: PackedConvWeight, out_scale: Tensor) -> Run:
+    def run(x: PackedActivation, backend: str | None = None) -> Any:
+        return mixed_conv2d(
+            x,
+            weight,
+            x.bits,
+            stride=layer.stride,
+            padding=layer.padding,
+            groups=layer.groups,
+            activation="relu",
+            output_scale=out_scale,
+            backend=backend,
+        )
+
+    return run
+
+
+def is_mixed(x: Any) -> bool:
+    return isinstance(x, PackedActivation) and len(x.bits.unique()) > 1
+
+
+def select_samples(x: Any, picked: Sequence[int]) -> Any:
+    if isinstance(x, PackedActivation):
+        return replace(x, data=x.data[list(picked)], bits=x.bits[list(picked)])
+    return x[list(picked)]
+
+
+def assert_same(got: Any, expected: Any, is_float_sum: bool = False) -> None:
+    """Integer widths bit for bit; 32 bits within the rounding of a float32 sum.
+
+    Args:
+        is_float_sum: whether tensors hold results at 32 bits; packed ones tell by themselves.
+    """
+    assert type(got) is type(expected)
+    assert got.shape == expected.shape
+    if isinstance(got, Tensor):
+        if is_float_sum:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(got, expected)
+        return
+    assert torch.equal(got.bits, expected.bits)
+    for n, width in enumerate(expected.bits.tolist()):
+        if width == 32:
+            a, b = (r.data[n].view(torch.float32) for r in (got, expected))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        else:
+            # Of a row only what its width takes is specified, of a skipped one nothing.
+            used = expected.height * expected.width * ((expected.channels * width + 7) // 8)
+            assert torch.equal(got.data[n, :used], expected.data[n, :used])
+
+
+def _prepare(run: Run, x: Any, touched: float, is_float_sum: bool = False) -> Prepared:
+    batch = x.shape[0]
+    copies = copies_to_rotate(batch, touched)
+    call = Rotation(run, [x, *(x.clone() for _ in range(copies - 1))])
+    # One sample of each width, and the last one.
+    picked = sorted({*range(min(batch, len(MIX) if is_mixed(x) else 1)), batch - 1})
+
+    def check() -> None:
+        got = select_samples(call(), picked)
+        expected = run(select_samples(x, picked), backend="reference")
+        assert_same(got, expected, is_float_sum)
+
+    return Prepared(call, check, copies)
+
+
+def _float_bytes(layer: Layer, batch: int) -> int:
+    return 4 * batch * (layer.in_values + layer.out_values)
