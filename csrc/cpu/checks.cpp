@@ -53,8 +53,8 @@ void check_stored_widths(const FeatureMap& map, int64_t batch, const char* name)
     if (bits == 0) continue;
     const auto sample = [&] { return std::string(name) + ".bits[" + std::to_string(n) + "] is "; };
     if (bits != 32 && (index_of(widths, bits) < 0 || !has_scales)) {
-      reject(sample() + std::to_string(bits) + ", but its quantizer has only: " + width_list(widths) +
-             " (and 0 and 32)");
+      reject(sample() + std::to_string(bits) +
+             ", but its quantizer has only: " + width_list(widths) + " (and 0 and 32)");
     }
     const int64_t needed = map.height * map.width * ((map.channels * bits + 7) / 8);
     if (map.row_bytes < needed) {

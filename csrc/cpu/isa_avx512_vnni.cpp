@@ -7,6 +7,7 @@ namespace dfs {
 
 const KernelTable kAvx512VnniKernels = {
     "avx512_vnni",
+    {0.005, 0.005, 0.005, 0.02},
     avx512_vnni::pack_pixels,
     avx512_vnni::unpack_pixels,
     avx512_vnni::convert_scratch_bytes,

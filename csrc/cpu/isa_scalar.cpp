@@ -6,6 +6,7 @@ namespace dfs {
 
 const KernelTable kScalarKernels = {
     "scalar",
+    {0.04, 0.04, 0.04, 0.1},
     scalar::pack_pixels,
     scalar::unpack_pixels,
     scalar::convert_scratch_bytes,

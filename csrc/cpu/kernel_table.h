@@ -30,6 +30,9 @@ struct BackwardWeight {
 struct KernelTable {
   const char* name;
 
+  // About how long a multiplication takes at 2, 4, 8 and 32 bits, to share out work by.
+  double nanoseconds_per_mac[kMaxWidths];
+
   // `pixels` runs of `channels` codes, each run starting at a new byte of `packed`.
   void (*pack_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t bits,
                       uint8_t* packed);

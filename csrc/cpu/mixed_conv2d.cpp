@@ -115,6 +115,39 @@ std::unique_ptr<uint8_t[]> copy_of_overwritten_row(const MixedConv2dArgs& args, 
   return copy;
 }
 
+// Whether a skipped sample leaves nothing to be done.
+bool stays_as_it_is(const MixedConv2dArgs& args, int64_t n) {
+  const FeatureMap& to = args.output;
+  if (is_packed(to) && to.bits[n] == 0) return true;
+  if (!args.has_residual) return false;
+  const FeatureMap& from = args.residual;
+  if (is_packed(from) != is_packed(to)) return false;
+  if (!is_packed(to)) {
+    return from.values == to.values && from.stride_n == to.stride_n &&
+           from.stride_c == to.stride_c && from.stride_h == to.stride_h &&
+           from.stride_w == to.stride_w;
+  }
+  const int32_t bits = to.bits[n];
+  if (from.bits[n] != bits || from.codes + n * from.row_bytes != to.codes + n * to.row_bytes) {
+    return false;
+  }
+  if (bits == 32) return true;
+  const int a = index_of(from.quantizer.widths, bits);
+  const int b = index_of(to.quantizer.widths, bits);
+  return from.quantizer.scale[a] == to.quantizer.scale[b] &&
+         from.quantizer.zero_point[a] == to.quantizer.zero_point[b];
+}
+
+double nanoseconds_per_mac(const KernelTable& table, int32_t bits) {
+  constexpr WidthTable kWidths = {kMaxWidths, {2, 4, 8, 32}};
+  return table.nanoseconds_per_mac[index_of(kWidths, bits)];
+}
+
+double epilogue_cost(const MixedConv2dArgs& args) {
+  return static_cast<double>(args.output.channels * args.output.height * args.output.width) *
+         kNanosecondsPerValue;
+}
+
 }  // namespace
 
 void mixed_conv2d(const MixedConv2dArgs& args, int threads) {
@@ -138,7 +171,7 @@ void mixed_conv2d(const MixedConv2dArgs& args, int threads) {
   for (int64_t n = 0; n < args.batch; ++n) {
     const int32_t bits = args.bits[n];
     if (bits == 0) {
-      skipped.push_back(n);
+      if (!stays_as_it_is(args, n)) skipped.push_back(n);
       continue;
     }
     samples.push_back(n);
@@ -156,22 +189,26 @@ void mixed_conv2d(const MixedConv2dArgs& args, int threads) {
   }
   const OutputScaling scaling = output_scaling(args, used);
 
-  // The widest first: a costly task at the end would keep one thread busy alone.
-  std::stable_sort(samples.begin(), samples.end(),
-                   [&](int64_t a, int64_t b) { return args.bits[a] > args.bits[b]; });
   const double macs = static_cast<double>(out_pixels * g.out_channels) *
                       static_cast<double>(g.in_channels / g.groups * g.kernel_h * g.kernel_w);
-  const double sample_cost = macs * kNanosecondsPerMac;
-  std::vector<RowRange> ranges = split_rows(samples, args.output.height, sample_cost, threads);
+  const auto cost_of = [&](int64_t n) {
+    return macs * nanoseconds_per_mac(table, args.bits[n]) + epilogue_cost(args);
+  };
+  // The costliest first: one at the end would keep one thread busy alone.
+  std::stable_sort(samples.begin(), samples.end(),
+                   [&](int64_t a, int64_t b) { return cost_of(a) > cost_of(b); });
+  std::vector<RowRange> ranges = split_rows(samples, args.output.height, threads, cost_of);
   for (int64_t n : skipped) ranges.push_back({n, 0, args.output.height});
-  std::vector<std::unique_ptr<uint8_t[]>> copies(static_cast<size_t>(args.batch));
-  for (int64_t n = 0; n < args.batch; ++n) {
-    copies[static_cast<size_t>(n)] = copy_of_overwritten_row(args, n);
+  std::vector<std::unique_ptr<uint8_t[]>> copies;
+  if (args.has_residual && is_packed(args.residual)) {
+    copies.resize(static_cast<size_t>(args.batch));
+    for (int64_t n = 0; n < args.batch; ++n) {
+      copies[static_cast<size_t>(n)] = copy_of_overwritten_row(args, n);
+    }
   }
 
-  const double skip_cost = static_cast<double>(out_pixels * g.out_channels) * kNanosecondsPerValue;
-  const double total_cost = sample_cost * static_cast<double>(samples.size()) +
-                            skip_cost * static_cast<double>(skipped.size());
+  double total_cost = epilogue_cost(args) * static_cast<double>(skipped.size());
+  for (const int64_t n : samples) total_cost += cost_of(n);
   const int64_t count = static_cast<int64_t>(ranges.size());
   parallel_for_scratch(count, total_cost / static_cast<double>(std::max<int64_t>(count, 1)),
                        threads, scratch_bytes, [&](int64_t index, void* memory) {

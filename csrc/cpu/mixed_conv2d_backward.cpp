@@ -11,6 +11,9 @@
 namespace dfs {
 namespace {
 
+// A guess, good enough to tell work that is worth a second thread from work that is not.
+constexpr double kNanosecondsPerMac = 0.1;
+
 void check_args(const MixedConv2dBackwardArgs& args) {
   check_geometry(args.geometry);
   check_widths(args.widths, "widths");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -11,9 +12,8 @@
 
 namespace dfs {
 
-// Guesses, good enough to tell work that is worth a second thread from work that is not.
-constexpr double kNanosecondsPerMac = 0.1;
-constexpr double kNanosecondsPerValue = 1.0;
+// A guess, good enough to tell work that is worth a second thread from work that is not.
+constexpr double kNanosecondsPerValue = 0.2;
 
 // Rows [row_begin, row_end) of a sample.
 struct RowRange {
@@ -22,21 +22,23 @@ struct RowRange {
   int64_t row_end;
 };
 
-// Splits `samples` evenly by samples and, if these are too few to keep all threads busy, by rows.
-inline std::vector<RowRange> split_rows(const std::vector<int64_t>& samples, int64_t height,
-                                        double sample_cost, int threads) {
-  const int64_t count = static_cast<int64_t>(samples.size());
-  // Several tasks per thread even out samples of different widths.
-  const int64_t wanted = threads > 1 ? int64_t{4} * threads : 1;
-  int64_t parts = 1;
-  if (count > 0 && count < wanted) {
-    parts = (wanted + count - 1) / count;
-    parts = std::min(parts, static_cast<int64_t>(sample_cost / min_thread_cost()) + 1);
-    parts = std::max<int64_t>(std::min(parts, height), 1);
-  }
+// Splits the samples, cost_of(sample) nanoseconds each, into tasks that several threads can share
+// evenly: by samples and, if these are too few, by rows.
+template <typename CostOf>
+std::vector<RowRange> split_rows(const std::vector<int64_t>& samples, int64_t height, int threads,
+                                 CostOf cost_of) {
+  double total = 0.0;
+  for (const int64_t sample : samples) total += cost_of(sample);
+  // Several tasks per thread even out what the costs get wrong.
+  const double most = std::max(total / (4.0 * std::max(threads, 1)), 0.5 * min_thread_cost());
   std::vector<RowRange> ranges;
-  ranges.reserve(static_cast<size_t>(count * parts));
-  for (int64_t sample : samples) {
+  ranges.reserve(samples.size());
+  for (const int64_t sample : samples) {
+    int64_t parts = 1;
+    if (threads > 1 && cost_of(sample) > most) {
+      const double wanted = std::ceil(cost_of(sample) / most);
+      parts = wanted < static_cast<double>(height) ? static_cast<int64_t>(wanted) : height;
+    }
     for (int64_t part = 0; part < parts; ++part) {
       ranges.push_back({sample, height * part / parts, height * (part + 1) / parts});
     }

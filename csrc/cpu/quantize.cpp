@@ -18,7 +18,8 @@ void convert(const FeatureMap& src, const FeatureMap& dst, int64_t batch, int th
   }
   const double sample_cost =
       static_cast<double>(src.channels * src.height * src.width) * kNanosecondsPerValue;
-  const std::vector<RowRange> ranges = split_rows(samples, src.height, sample_cost, threads);
+  const std::vector<RowRange> ranges =
+      split_rows(samples, src.height, threads, [=](int64_t) { return sample_cost; });
   const int64_t count = static_cast<int64_t>(ranges.size());
   const double cost = sample_cost * static_cast<double>(samples.size()) /
                       static_cast<double>(std::max<int64_t>(count, 1));
