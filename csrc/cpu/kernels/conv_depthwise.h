@@ -45,9 +45,10 @@ inline void retile_depthwise(const ConvGeometry& g, const uint8_t* canonical, in
         std::memcpy(dst, run, 4);
         continue;
       }
-      int32_t level = bits == 2   ? weight_level<2>(run, 0, centred)
-                      : bits == 4 ? weight_level<4>(run, 0, centred)
-                                  : weight_level<8>(run, 0, centred);
+      int32_t level = 0;
+      if (bits == 2) read_levels<2>(run, 1, centred, &level);
+      if (bits == 4) read_levels<4>(run, 1, centred, &level);
+      if (bits == 8) read_levels<8>(run, 1, centred, &level);
       // In the low half of a lane, so that one multiplication of int16 pairs takes it.
       level &= 0xffff;
       std::memcpy(dst, &level, 4);

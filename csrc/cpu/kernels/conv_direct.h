@@ -20,6 +20,9 @@ inline bool direct_takes(int32_t bits, bool centred) {
   return kSubtractsZeroPoint || bits != 8 || !centred;
 }
 
+// Weights unpacked at a time when they are re-tiled, a multiple of what a byte or a dword holds.
+constexpr int64_t kLevelsAtOnce = 64;
+
 // Sizes of the re-tiled weights of one group. An integer tile begins with the sums of the levels,
 // [kernel_h][vectors][kLanes] int32 per group, if zero points are corrected for afterwards; the
 // weights follow, vectors of dwords [vectors][kernel_h][kernel_w][planes] per group.
@@ -48,52 +51,58 @@ inline size_t direct_tile_bytes(const ConvGeometry& g, int32_t bits) {
   return static_cast<size_t>(layout.sum_dwords + g.groups * layout.group_dwords) * 4;
 }
 
-// Calls fn(group, o, kh, kw, c, bytes of the channel run) for every element of a filter bank, o and
-// c counted within the group.
+// Calls fn(group, o, tap, run) for every run of channels of a filter bank, o counted within the
+// group; runs lie in this order.
 template <typename Fn>
-inline void for_each_weight(const ConvGeometry& g, Fn fn) {
+inline void for_each_channel_run(const ConvGeometry& g, Fn fn) {
   const int64_t outputs = g.out_channels / g.groups;
-  const int64_t channels = g.in_channels / g.groups;
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  int64_t run = 0;
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t o = 0; o < outputs; ++o) {
-      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
-        for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-          const int64_t run = ((group * outputs + o) * g.kernel_h + kh) * g.kernel_w + kw;
-          for (int64_t c = 0; c < channels; ++c) fn(group, o, kh, kw, c, run);
-        }
-      }
+      for (int64_t tap = 0; tap < taps; ++tap) fn(group, o, tap, run++);
     }
   }
 }
 
-template <int kBits>
-inline int32_t weight_level(const uint8_t* run, int64_t channel, bool centred) {
+// One run of canonical weights as levels.
+template <int kBits, typename Level>
+inline void read_levels(const uint8_t* run, int64_t channels, bool centred, Level* levels) {
   constexpr int kPerByte = 8 / kBits;
-  const int32_t code = static_cast<int8_t>(
-      extract_code<kBits, true>(run[channel / kPerByte], static_cast<int>(channel % kPerByte)));
-  return centred ? 2 * code + 1 : code;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int32_t code = static_cast<int8_t>(
+        extract_code<kBits, true>(run[c / kPerByte], static_cast<int>(c % kPerByte)));
+    levels[c] = static_cast<Level>(centred ? 2 * code + 1 : code);
+  }
 }
 
 template <int kBits>
 inline void retile_direct_levels(const ConvGeometry& g, const uint8_t* canonical, bool centred,
                                  void* tile) {
+  using Level = std::make_signed<DwordPart>::type;
   const DirectLayout layout = direct_layout<uint32_t>(g);
-  const int64_t run_bytes = packed_bytes(g.in_channels / g.groups, kBits);
+  const int64_t channels = g.in_channels / g.groups;
+  const int64_t run_bytes = packed_bytes(channels, kBits);
   int32_t* sums = static_cast<int32_t*>(tile);
   uint32_t* weights = static_cast<uint32_t*>(tile) + layout.sum_dwords;
-  for_each_weight(g, [&](int64_t group, int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t run) {
-    const int32_t level = weight_level<kBits>(canonical + run * run_bytes, c, centred);
+  for_each_channel_run(g, [&](int64_t group, int64_t o, int64_t tap, int64_t run) {
     const int64_t vector = o / kLanes;
     const int64_t lane = o % kLanes;
-    uint32_t* dword = weights + group * layout.group_dwords + vector * layout.vector_step +
-                      ((kh * g.kernel_w + kw) * layout.planes + c / kCodesPerDword) * kLanes + lane;
-    using Level = std::make_signed<DwordPart>::type;
-    const Level part = static_cast<Level>(level);
-    std::memcpy(
-        reinterpret_cast<uint8_t*>(dword) + c % kCodesPerDword * static_cast<int64_t>(sizeof(part)),
-        &part, sizeof(part));
+    uint32_t* dst = weights + group * layout.group_dwords + vector * layout.vector_step +
+                    tap * layout.planes * kLanes + lane;
+    int32_t sum = 0;
+    for (int64_t first = 0; first < channels; first += kLevelsAtOnce) {
+      const int64_t count = min_of(channels - first, kLevelsAtOnce);
+      Level levels[kLevelsAtOnce] = {};
+      read_levels<kBits>(canonical + run * run_bytes + first * kBits / 8, count, centred, levels);
+      for (int64_t c = 0; c < count; c += kCodesPerDword) {
+        std::memcpy(dst + (first + c) / kCodesPerDword * kLanes, levels + c, sizeof(uint32_t));
+      }
+      for (int64_t c = 0; c < count; ++c) sum += levels[c];
+    }
     if (layout.sum_dwords > 0) {
-      sums[((group * g.kernel_h + kh) * layout.vectors + vector) * kLanes + lane] += level;
+      sums[((group * g.kernel_h + tap / g.kernel_w) * layout.vectors + vector) * kLanes + lane] +=
+          sum;
     }
   });
 }
@@ -101,11 +110,13 @@ inline void retile_direct_levels(const ConvGeometry& g, const uint8_t* canonical
 inline void retile_direct_floats(const ConvGeometry& g, const uint8_t* canonical, float* tile) {
   const DirectLayout layout = direct_layout<float>(g);
   const int64_t channels = g.in_channels / g.groups;
-  for_each_weight(g, [&](int64_t group, int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t run) {
+  for_each_channel_run(g, [&](int64_t group, int64_t o, int64_t tap, int64_t run) {
     float* dst = tile + group * layout.group_dwords + o / kLanes * layout.vector_step +
-                 ((kh * g.kernel_w + kw) * layout.planes + c) * kLanes + o % kLanes;
-    std::memcpy(dst, canonical + (run * channels + c) * static_cast<int64_t>(sizeof(float)),
-                sizeof(float));
+                 tap * channels * kLanes + o % kLanes;
+    const uint8_t* src = canonical + run * channels * static_cast<int64_t>(sizeof(float));
+    for (int64_t c = 0; c < channels; ++c) {
+      std::memcpy(dst + c * kLanes, src + c * static_cast<int64_t>(sizeof(float)), sizeof(float));
+    }
   });
 }
 

@@ -264,6 +264,59 @@ inline bool same_encoding(const SampleView& a, const SampleView& b) {
           (a.range.scale == b.range.scale && a.range.zero_point == b.range.zero_point));
 }
 
+// Calls fn(first element, elements) for runs of neighbouring float32 elements in rows [row_begin,
+// row_end) of a sample, as long as the strides allow. False if no elements are neighbours.
+template <typename Fn>
+inline bool for_each_dense_run(const SampleView& view, int64_t row_begin, int64_t row_end, Fn fn) {
+  const int64_t rows = row_end - row_begin;
+  const bool interleaved = view.stride_c == 1 && view.stride_w == view.channels;
+  if (!interleaved && view.stride_w != 1) return false;
+  const int64_t row_elements = interleaved ? view.width * view.channels : view.width;
+  const bool dense_rows = view.stride_h == row_elements;
+  for (int64_t c = 0; c < (interleaved ? 1 : view.channels); ++c) {
+    for (int64_t y = row_begin; y < row_end; y += dense_rows ? rows : 1) {
+      fn(c * view.stride_c + y * view.stride_h, dense_rows ? rows * row_elements : row_elements);
+    }
+  }
+  return true;
+}
+
+// Calls fn(element) for every element of some rows.
+template <typename Fn>
+inline void for_each_element(const SampleView& view, int64_t row_begin, int64_t row_end, Fn fn) {
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    for (int64_t c = 0; c < view.channels; ++c) {
+      for (int64_t x = 0; x < view.width; ++x) fn(c, y, x);
+    }
+  }
+}
+
+inline void zero_rows(const SampleView& to, int64_t row_begin, int64_t row_end) {
+  const bool done = for_each_dense_run(to, row_begin, row_end, [&](int64_t first, int64_t count) {
+    std::memset(to.values + first, 0, static_cast<size_t>(count) * sizeof(float));
+  });
+  if (done) return;
+  for_each_element(to, row_begin, row_end, [&](int64_t c, int64_t y, int64_t x) {
+    to.values[c * to.stride_c + y * to.stride_h + x * to.stride_w] = 0.0f;
+  });
+}
+
+inline void copy_rows(const SampleView& from, const SampleView& to, int64_t row_begin,
+                      int64_t row_end) {
+  if (from.stride_c == to.stride_c && from.stride_h == to.stride_h &&
+      from.stride_w == to.stride_w) {
+    const bool done = for_each_dense_run(to, row_begin, row_end, [&](int64_t first, int64_t count) {
+      std::memcpy(to.values + first, from.values + first,
+                  static_cast<size_t>(count) * sizeof(float));
+    });
+    if (done) return;
+  }
+  for_each_element(to, row_begin, row_end, [&](int64_t c, int64_t y, int64_t x) {
+    to.values[c * to.stride_c + y * to.stride_h + x * to.stride_w] =
+        from.values[c * from.stride_c + y * from.stride_h + x * from.stride_w];
+  });
+}
+
 inline void skip_rows(const ConvTask& task, void* memory) {
   const FeatureMap& output_map = task.args->output;
   const ConvertScratch scratch = convert_scratch(output_map.channels, output_map.width, memory);
@@ -284,14 +337,18 @@ inline void skip_rows(const ConvTask& task, void* memory) {
                   static_cast<size_t>((task.row_end - task.row_begin) * row_bytes));
       return;
     }
+    if (from.values != nullptr && to.values != nullptr) {
+      return copy_rows(from, to, task.row_begin, task.row_end);
+    }
     for (int64_t y = task.row_begin; y < task.row_end; ++y) {
       read_pixels(from, y, 0, width, scratch.codes, scratch.values);
       write_pixels(to, y, 0, width, scratch.values, scratch.codes);
     }
     return;
   }
+  if (to.values != nullptr) return zero_rows(to, task.row_begin, task.row_end);
+  for (int64_t i = 0; i < width * to.channels; ++i) scratch.values[i] = 0.0f;
   for (int64_t y = task.row_begin; y < task.row_end; ++y) {
-    for (int64_t i = 0; i < width * to.channels; ++i) scratch.values[i] = 0.0f;
     write_pixels(to, y, 0, width, scratch.values, scratch.codes);
   }
 }

@@ -76,17 +76,23 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
   int32_t* sums = static_cast<int32_t*>(tile);
   uint16_t* offsets = reinterpret_cast<uint16_t*>(sums + layout.outputs);
   const int64_t run_bytes = packed_bytes(g.in_channels, 2);
-  for_each_weight(g, [&](int64_t, int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t run) {
-    const int32_t code = weight_level<2>(canonical + run * run_bytes, c, false);
-    sums[o] += centred ? 2 * code + 1 : code;
-    const int64_t element = c * g.kernel_w + kw;
-    const int64_t triple = element / 3;
-    const int64_t first = triple / kTableBlock * kTableBlock;
-    const int64_t planes = min_of(layout.triples - first, kTableBlock);
-    const int64_t row = (o / kTableOutputs * g.kernel_h + kh) * planes + (triple - first);
-    uint16_t* offset =
-        offsets + layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs;
-    *offset = static_cast<uint16_t>(*offset + (code + 2) * (64 << (2 * (element % 3))));
+  for_each_channel_run(g, [&](int64_t, int64_t o, int64_t tap, int64_t run) {
+    const int64_t kh = tap / g.kernel_w;
+    const int64_t kw = tap % g.kernel_w;
+    const uint8_t* packed = canonical + run * run_bytes;
+    for (int64_t c = 0; c < g.in_channels; ++c) {
+      const int32_t code =
+          static_cast<int8_t>(extract_code<2, true>(packed[c / 4], static_cast<int>(c % 4)));
+      sums[o] += centred ? 2 * code + 1 : code;
+      const int64_t element = c * g.kernel_w + kw;
+      const int64_t triple = element / 3;
+      const int64_t first = triple / kTableBlock * kTableBlock;
+      const int64_t planes = min_of(layout.triples - first, kTableBlock);
+      const int64_t row = (o / kTableOutputs * g.kernel_h + kh) * planes + (triple - first);
+      uint16_t* offset =
+          offsets + layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs;
+      *offset = static_cast<uint16_t>(*offset + (code + 2) * (64 << (2 * (element % 3))));
+    }
   });
 }
 
