@@ -4,13 +4,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+CASES ?= 5000
+SEED ?= 0
+SECONDS ?= 60
 
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 SOURCES := setup.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format csrc-test clean FORCE
+.PHONY: help demo test bench exactness lint format csrc-test csrc-fuzz clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -18,8 +21,10 @@ help:
 	@echo 'make demo       train and run a small dynamic network, no download of data needed'
 	@echo 'make test       run the test suite (PYTEST_ARGS=... is passed on)'
 	@echo 'make bench      run the benchmarks'
+	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=0)'
 	@echo 'make lint       check style and types; make format: fix style'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
+	@echo 'make csrc-fuzz  fuzz the C++ kernels under sanitizers (SECONDS=60)'
 	@echo 'make clean      remove what was built, .venv too'
 
 demo: $(VENV)/.built $(VENV)/.installed-demo
@@ -30,6 +35,9 @@ test: $(VENV)/.built $(VENV)/.installed-test
 
 bench: $(VENV)/.built $(VENV)/.installed-test
 	@$(BIN)/python -m pytest bench/ --benchmark-only $(PYTEST_ARGS)
+
+exactness: $(VENV)/.built $(VENV)/.installed-test
+	@$(BIN)/python -m tests.kernels.exactness --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.built $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -44,6 +52,9 @@ format: $(VENV)/.built $(VENV)/.installed-test
 
 csrc-test: $(VENV)/.build-requirements
 	@$(BIN)/python -m build_tools.csrc_tests $(if $(SANITIZE),--sanitize $(SANITIZE))
+
+csrc-fuzz: $(VENV)/.build-requirements
+	@$(BIN)/python -m build_tools.csrc_fuzz --seconds $(SECONDS)
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info

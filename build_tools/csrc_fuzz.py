@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from build_tools.csrc_tests import SANITIZER_FLAGS, link_with_library
-from build_tools.toolchain import CSRC, ROOT, BuildError, HostCompiler, find_host_compiler
+from build_tools.toolchain import ROOT, BuildError, HostCompiler, find_host_compiler
 
 _DIRECTORY = Path("build", "csrc-fuzz")
 _SANITIZERS = "address,undefined"
