@@ -60,7 +60,8 @@ def convolve(cpu: Any, values: Any, weights: dict[int, Any], scales: Any, zeros:
         tiles.append(tile)
     image = {"height": SIZE, "width": SIZE, "stride_w": 1, "stride_h": SIZE}
     image["stride_c"] = SIZE * SIZE
-    output = (ctypes.c_float * (SAMPLES * OUTPUTS * SIZE * SIZE))(*[float("nan")] * (SAMPLES * OUTPUTS * SIZE * SIZE))
+    count = SAMPLES * OUTPUTS * SIZE * SIZE
+    output = (ctypes.c_float * count)(*[float("nan")] * count)
     bits = (ctypes.c_int32 * SAMPLES)(*WIDTHS)
     cpu.mixed_conv2d(
         cpu.MixedConv2dArgs(
