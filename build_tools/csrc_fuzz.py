@@ -55,17 +55,17 @@ def build_executable() -> Path:
     sources = [tests / "check.cpp", tests / "fuzz_mixed_conv2d.cpp"]
     compiler = find_libfuzzer()
     if compiler is not None:
-        instrument = (f"-fsanitize=fuzzer-no-link,{_SANITIZERS}", *SANITIZER_FLAGS, *_CLANG_SAYS_SO)
+        flags = (f"-fsanitize=fuzzer-no-link,{_SANITIZERS}", *SANITIZER_FLAGS, *_CLANG_SAYS_SO)
         link = (f"-fsanitize=fuzzer,{_SANITIZERS}",)
         executable = _DIRECTORY / "libfuzzer" / "fuzz-mixed-conv2d"
-        return link_with_library(compiler, sources, executable, instrument, instrument, link)
+        return link_with_library(compiler, sources, executable, flags, flags, link)
     compiler = find_host_compiler()
     if compiler.is_msvc:
         raise BuildError("the fuzz target needs GCC or Clang")
     sources.append(tests / "fuzz_driver.cpp")
-    instrument = (f"-fsanitize={_SANITIZERS}", *SANITIZER_FLAGS)
+    sanitize = (f"-fsanitize={_SANITIZERS}", *SANITIZER_FLAGS)
     executable = _DIRECTORY / "driver" / "fuzz-mixed-conv2d"
-    return link_with_library(compiler, sources, executable, instrument, instrument, instrument)
+    return link_with_library(compiler, sources, executable, sanitize, sanitize, sanitize)
 
 
 def main() -> int:

@@ -65,7 +65,8 @@ class Tally:
         self.cases[isa] += 1
         self.samples[isa] += len(case.bits)
         for width in set(case.bits):
-            self.cells[(isa, width, *_kind(case))] += 1
+            cell: Cell = (isa, width, *_kind(case))
+            self.cells[cell] += 1
 
 
 def _kind(case: ConvCase) -> tuple[str, str, str]:

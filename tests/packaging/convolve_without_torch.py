@@ -62,11 +62,11 @@ def convolve(cpu: Any, values: Any, weights: dict[int, Any], scales: Any, zeros:
     image["stride_c"] = SIZE * SIZE
     count = SAMPLES * OUTPUTS * SIZE * SIZE
     output = (ctypes.c_float * count)(*[float("nan")] * count)
-    bits = (ctypes.c_int32 * SAMPLES)(*WIDTHS)
+    sample_bits = (ctypes.c_int32 * SAMPLES)(*WIDTHS)
     cpu.mixed_conv2d(
         cpu.MixedConv2dArgs(
             batch=SAMPLES,
-            bits=address(bits),
+            bits=address(sample_bits),
             geometry=geometry,
             weight=cpu.ConvWeight(
                 widths=list(WIDTHS),
