@@ -21,7 +21,7 @@ help:
 	@echo 'make demo       train and run a small dynamic network, no download of data needed'
 	@echo 'make test       run the test suite (PYTEST_ARGS=... is passed on)'
 	@echo 'make bench      run the benchmarks'
-	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=0)'
+	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=0 OUT=...)'
 	@echo 'make lint       check style and types; make format: fix style'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
 	@echo 'make csrc-fuzz  fuzz the C++ kernels under sanitizers (SECONDS=60)'
@@ -37,7 +37,7 @@ bench: $(VENV)/.built $(VENV)/.installed-test
 	@$(BIN)/python -m pytest bench/ --benchmark-only $(PYTEST_ARGS)
 
 exactness: $(VENV)/.built $(VENV)/.installed-test
-	@$(BIN)/python -m tests.kernels.exactness --cases $(CASES) --seed $(SEED)
+	@$(BIN)/python -m tests.kernels.exactness --cases $(CASES) --seed $(SEED) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/.built $(VENV)/.installed-test
 	$(BIN)/ruff check .

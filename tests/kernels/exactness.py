@@ -176,10 +176,10 @@ def _processor() -> str:
 
 
 def make_record(seed: int, first: int, cases: int, tally: Tally, seconds: float) -> dict[str, Any]:
-    cells: dict[str, Any] = {}
+    cells: dict[str, dict[str, int]] = {}
     for (isa, width, kernel, stride, groups), count in sorted(tally.cells.items()):
-        by_kernel = cells.setdefault(isa, {}).setdefault(f"{width} bits", {})
-        by_kernel.setdefault(kernel, {}).setdefault(f"stride {stride}", {})[groups] = count
+        name = f"{width} bits, {kernel} kernel, stride {stride}, {groups}"
+        cells.setdefault(isa, {})[name] = count
     return {
         "seed": seed,
         "first": first,
