@@ -62,7 +62,7 @@ def _draw(random: Random) -> ConvCase:
     if output == "in_place" and residual is None:
         residual = random.choice([form for form in RESIDUAL_FORMS if form is not None])
     return ConvCase(
-        bits=tuple(random.choice((0, *options)) for _ in range(random.randint(1, 4))),
+        bits=tuple(random.choice((0, *options)) for _ in range(random.randint(1, 5))),
         options=options,
         centred=tuple(b != 32 and random.random() < (0.7 if b == 2 else 0.3) for b in options),
         group_channels=group_channels,
@@ -94,9 +94,9 @@ def _draw(random: Random) -> ConvCase:
 def _draw_channels(random: Random) -> tuple[int, int, int]:
     """Groups, and input and output channels of each."""
     kind = random.random()
-    if kind < 0.2:
+    if kind < 0.25:
         return _near_vectors(random, 80), 1, random.randint(1, 3)
-    if kind < 0.4:
+    if kind < 0.5:
         return random.randint(2, 5), _near_vectors(random, 40), random.randint(1, 20)
     return 1, _near_vectors(random, 130), _near_vectors(random, 80)
 
@@ -112,16 +112,16 @@ def _near_vectors(random: Random, most: int) -> int:
 
 def _draw_kernel(random: Random) -> tuple[int, int]:
     kind = random.random()
-    if kind < 0.4:
-        return (1, 1) if kind < 0.15 else (3, 3)
+    if kind < 0.3:
+        return (1, 1) if kind < 0.1 else (3, 3)
     if kind < 0.85:
         return random.choice(KERNELS)
     return random.randint(1, 4), random.randint(1, 4)
 
 
 def _draw_stride(random: Random) -> tuple[int, int]:
-    if random.random() < 0.8:
-        return (random.choice((1, 1, 1, 2, 2, 2, 3)),) * 2
+    if random.random() < 0.7:
+        return (random.choice((1, 1, 2, 2, 3)),) * 2
     return random.randint(1, 3), random.randint(1, 3)
 
 
