@@ -5,13 +5,16 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_JSON ?= .benchmarks/latest.json
+CASES ?= 5000
+SEED ?= 0
+SECONDS ?= 60
 
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 SOURCES := setup.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format csrc-test clean FORCE
+.PHONY: help demo test bench exactness lint format csrc-test csrc-fuzz clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -19,8 +22,10 @@ help:
 	@echo 'make demo       train and run a small dynamic network, no download of data needed'
 	@echo 'make test       run the test suite (PYTEST_ARGS=... is passed on)'
 	@echo 'make bench      run the benchmarks and report them (BENCH_JSON=... says where to)'
+	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=0 OUT=...)'
 	@echo 'make lint       check style and types; make format: fix style'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
+	@echo 'make csrc-fuzz  fuzz the C++ kernels under sanitizers (SECONDS=60)'
 	@echo 'make clean      remove what was built, .venv too'
 
 demo: $(VENV)/.built $(VENV)/.installed-demo
@@ -33,6 +38,9 @@ bench: $(VENV)/.built $(VENV)/.installed-bench
 	@mkdir -p $(dir $(BENCH_JSON))
 	@$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
 	@$(BIN)/python -m bench.report $(BENCH_JSON)
+
+exactness: $(VENV)/.built $(VENV)/.installed-test
+	@$(BIN)/python -m tests.kernels.exactness --cases $(CASES) --seed $(SEED) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/.built $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -47,6 +55,9 @@ format: $(VENV)/.built $(VENV)/.installed-test
 
 csrc-test: $(VENV)/.build-requirements
 	@$(BIN)/python -m build_tools.csrc_tests $(if $(SANITIZE),--sanitize $(SANITIZE))
+
+csrc-fuzz: $(VENV)/.build-requirements
+	@$(BIN)/python -m build_tools.csrc_fuzz --seconds $(SECONDS)
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info

@@ -19,6 +19,7 @@ from build_tools.toolchain import (
     CSRC,
     ROOT,
     BuildError,
+    HostCompiler,
     baseline_flags,
     find_host_compiler,
     include_flags,
@@ -26,6 +27,7 @@ from build_tools.toolchain import (
     split_environment_flags,
 )
 
+SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 _SANITIZERS = ("address", "undefined", "leak", "thread")
 
 
@@ -43,7 +45,6 @@ def build_executable(sanitizers: list[str]) -> Path:
     compiler = find_host_compiler()
     if compiler.is_msvc:
         raise BuildError("the C++ tests need GCC or Clang")
-    directory = build_directory(sanitizers)
     tests = [
         path.relative_to(ROOT)
         for path in sorted((CSRC / "tests").glob("*.cpp"))
@@ -51,26 +52,36 @@ def build_executable(sanitizers: list[str]) -> Path:
     ]
     if not tests:
         raise BuildError(f"no tests in {CSRC / 'tests'}")
-
-    optimization: tuple[str, ...] = ("-O3",)
-    sanitize: tuple[str, ...] = ()
-    if sanitizers:
-        sanitize = (f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all")
-        optimization = ("-O1", "-g", "-fno-omit-frame-pointer", *sanitize)
-    test_flags = (*baseline_flags(compiler, optimization), *include_flags(compiler))
+    executable = build_directory(sanitizers) / "csrc-tests"
     if not sanitizers:
-        test_flags = (*test_flags, "-O1")
+        return link_with_library(compiler, tests, executable, ("-O3",), ("-O1",))
+    sanitize = (f"-fsanitize={','.join(sanitizers)}", *SANITIZER_FLAGS)
+    return link_with_library(compiler, tests, executable, sanitize, sanitize, sanitize)
 
-    ninja = NinjaFile(directory)
+
+def link_with_library(
+    compiler: HostCompiler,
+    sources: list[Path],
+    executable: Path,
+    library_flags: tuple[str, ...],
+    source_flags: tuple[str, ...],
+    link_flags: tuple[str, ...] = (),
+) -> Path:
+    """Compiles the CPU code and `sources` into one executable; returns its absolute path.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    ninja = NinjaFile(executable.parent)
     objects = [
         ninja.compile_cpp(compiler, source.path, source.flags)
-        for source in library_sources(compiler, optimization)
+        for source in library_sources(compiler, library_flags)
     ]
-    objects += [ninja.compile_cpp(compiler, path, test_flags) for path in tests]
-    executable = directory / "csrc-tests"
-    flags = (*split_environment_flags("LDFLAGS"), "-pthread", *sanitize)
-    names = [str(path) for path in objects]
-    ninja.link(executable, objects, [*compiler.command, *flags, *names, "-o", str(executable)])
+    flags = (*baseline_flags(compiler, source_flags), *include_flags(compiler))
+    objects += [ninja.compile_cpp(compiler, path, flags) for path in sources]
+    command = [*compiler.command, *split_environment_flags("LDFLAGS"), "-pthread", *link_flags]
+    command += [*(str(path) for path in objects), "-o", str(executable)]
+    ninja.link(executable, objects, command)
     ninja.run([executable])
     return ROOT / executable
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
 # FMA stays available as an intrinsic; -ffp-contract=off keeps the compiler from using it unasked.
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma")
 _AVX512_VNNI = (
     *_AVX2,
     "-mavx512f",

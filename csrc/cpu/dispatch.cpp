@@ -15,9 +15,7 @@ namespace {
 
 // Of the DFS_HAVE_ISA_* macros, which say what is linked, that of the scalar kernels is always set.
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
-[[maybe_unused]] bool cpu_has_avx2() {
-  return DFS_CPU_HAS("avx2") && DFS_CPU_HAS("fma") && DFS_CPU_HAS("f16c");
-}
+[[maybe_unused]] bool cpu_has_avx2() { return DFS_CPU_HAS("avx2") && DFS_CPU_HAS("fma"); }
 
 [[maybe_unused]] bool cpu_has_avx512_vnni() {
   return cpu_has_avx2() && DFS_CPU_HAS("avx512f") && DFS_CPU_HAS("avx512bw") &&

@@ -11,6 +11,7 @@
 #include "dfs/types.h"
 #include "dispatch.h"
 #include "operations.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -247,6 +248,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("supported_isas", &dfs::supported_isas);
   module.def("isa", [] { return std::string(dfs::kernels().name); });
   module.def("set_isa", &dfs::set_isa, py::arg("name"));
+  // For tests, which split small work too.
+  module.def("min_thread_cost", &dfs::min_thread_cost);
+  module.def("set_min_thread_cost", &dfs::set_min_thread_cost, py::arg("nanoseconds"));
   bind_quantizer(module);
   bind_feature_map(module);
   bind_geometry(module);

@@ -21,6 +21,10 @@ struct Test {
 // The seed of this run, for tests that draw random cases.
 uint64_t seed();
 
+// How many cases a test should draw that takes `full` in an ordinary run: fewer under sanitizers,
+// and the share that the command line asks for.
+int case_count(int full);
+
 template <typename... Parts>
 [[noreturn]] void fail(const char* file, int line, const Parts&... parts) {
   std::ostringstream text;

@@ -1,10 +1,11 @@
-// Random convolution geometries, small and odd.
+// Random convolution geometries: small and odd ones, and some that are wide enough for vectors.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "dfs/types.h"
 #include "random.h"
@@ -23,28 +24,66 @@ struct ConvSizes {
   int64_t taps() const { return geometry.kernel_h * geometry.kernel_w; }
 };
 
+// Around the multiples of 16, where vectors end, as often as anything else up to 70.
+inline int64_t draw_channels(Random& random) {
+  if (random.chance(0.5)) return 16 * random.integer(1, 4) + random.integer(-1, 1);
+  return random.integer(1, 70);
+}
+
+inline void draw_small(Random& random, ConvSizes& sizes) {
+  dfs::ConvGeometry& g = sizes.geometry;
+  const int64_t group_kind = random.integer(0, 5);
+  g.groups = group_kind == 0 ? random.integer(2, 12) : group_kind == 1 ? 2 : 1;
+  const bool depthwise = group_kind == 0 && random.chance(0.6);
+  g.in_channels = g.groups * (depthwise ? 1 : random.integer(1, 11));
+  g.out_channels = g.groups * (depthwise ? random.integer(1, 2) : random.integer(1, 13));
+  g.kernel_h = random.integer(1, 5);
+  g.kernel_w = random.integer(1, 5);
+  sizes.height = random.chance(0.2) ? 1 : random.integer(1, 11);
+  sizes.width = random.chance(0.2) ? 1 : random.integer(1, 11);
+}
+
+// Enough channels, outputs or columns to fill vectors several times over.
+inline void draw_wide(Random& random, ConvSizes& sizes) {
+  dfs::ConvGeometry& g = sizes.geometry;
+  const int64_t group_kind = random.integer(0, 5);
+  if (group_kind == 0) {
+    g.groups = draw_channels(random);
+    g.in_channels = g.groups;
+    g.out_channels = g.groups * random.integer(1, 2);
+  } else {
+    g.groups = group_kind == 1 ? random.integer(2, 4) : 1;
+    g.in_channels = g.groups * draw_channels(random);
+    g.out_channels = g.groups * random.integer(1, 40);
+  }
+  g.kernel_h = random.chance(0.3) ? 1 : random.chance(0.6) ? 3 : random.integer(1, 7);
+  g.kernel_w = random.chance(0.7) ? g.kernel_h : random.integer(1, 7);
+  sizes.height = random.integer(1, 8);
+  sizes.width = random.integer(1, 40);
+  if (random.chance(0.25)) std::swap(sizes.height, sizes.width);
+}
+
 inline ConvSizes draw_sizes(Random& random) {
+  // The tests compute each product one by one, several times over.
+  constexpr int64_t kMaxProducts = 1500000;
   ConvSizes sizes;
   dfs::ConvGeometry& g = sizes.geometry;
   for (;;) {
     g = {};
-    const int64_t group_kind = random.integer(0, 5);
-    g.groups = group_kind == 0 ? random.integer(2, 12) : group_kind == 1 ? 2 : 1;
-    const bool depthwise = group_kind == 0 && random.chance(0.6);
-    g.in_channels = g.groups * (depthwise ? 1 : random.integer(1, 11));
-    g.out_channels = g.groups * (depthwise ? random.integer(1, 2) : random.integer(1, 13));
-    g.kernel_h = random.integer(1, 5);
-    g.kernel_w = random.integer(1, 5);
+    if (random.chance(0.4)) {
+      draw_wide(random, sizes);
+    } else {
+      draw_small(random, sizes);
+    }
     g.stride_h = random.integer(1, 3);
     g.stride_w = random.integer(1, 3);
     g.dilation_h = random.chance(0.7) ? 1 : random.integer(2, 3);
     g.dilation_w = random.chance(0.7) ? 1 : random.integer(2, 3);
-    g.pad_left = random.integer(0, 3);
-    g.pad_right = random.integer(0, 3);
-    g.pad_top = random.integer(0, 3);
-    g.pad_bottom = random.integer(0, 3);
-    sizes.height = random.chance(0.2) ? 1 : random.integer(1, 11);
-    sizes.width = random.chance(0.2) ? 1 : random.integer(1, 11);
+    const int64_t most = random.chance(0.1) ? 9 : 3;
+    g.pad_left = random.integer(0, most);
+    g.pad_right = random.integer(0, most);
+    g.pad_top = random.integer(0, most);
+    g.pad_bottom = random.integer(0, most);
     const int64_t spare_h =
         sizes.height + g.pad_top + g.pad_bottom - g.dilation_h * (g.kernel_h - 1) - 1;
     const int64_t spare_w =
@@ -52,7 +91,8 @@ inline ConvSizes draw_sizes(Random& random) {
     if (spare_h < 0 || spare_w < 0) continue;
     sizes.out_height = spare_h / g.stride_h + 1;
     sizes.out_width = spare_w / g.stride_w + 1;
-    return sizes;
+    const int64_t outputs = sizes.out_height * sizes.out_width * g.out_channels;
+    if (outputs * sizes.group_channels() * sizes.taps() <= kMaxProducts) return sizes;
   }
 }
 

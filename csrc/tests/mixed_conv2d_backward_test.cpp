@@ -96,10 +96,10 @@ BackwardCase draw_backward_case(Random& random) {
     c.weight.push_back(random.uniform(-1.0f, 1.0f));
   }
   c.input = make_float_map(random, c.batch, g.in_channels, c.sizes.height, c.sizes.width);
-  fill(random, c.input);
+  fill(random, c.input, false);
   c.grad_output =
       make_float_map(random, c.batch, g.out_channels, c.sizes.out_height, c.sizes.out_width);
-  fill(random, c.grad_output);
+  fill(random, c.grad_output, false);
   return c;
 }
 
@@ -296,19 +296,13 @@ void check_backward_case(BackwardCase& c) {
   }
 }
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int kCases = 100;
-#else
-constexpr int kCases = 500;
-#endif
-
 }  // namespace
 
 DFS_TEST(backward_matches_the_definition) {
   const SplitSmallWork split;
   for_each_isa([] {
     Random random(seed());
-    for (int i = 0; i < kCases; ++i) {
+    for (int i = 0; i < case_count(500); ++i) {
       BackwardCase c = draw_backward_case(random);
       check_backward_case(c);
     }

@@ -68,9 +68,14 @@ struct TestMap {
   int64_t stride_w = 0;
 
   GuardedBuffer<uint8_t> codes;
+  int64_t codes_offset = 0;  // of the first row: kernels may not count on an alignment
   int64_t row_bytes = 0;
   std::vector<int32_t> bits;
   TestQuantizer quantizer;
+
+  void allocate_codes() {
+    codes = GuardedBuffer<uint8_t>(static_cast<size_t>(codes_offset + batch * row_bytes));
+  }
 
   dfs::FeatureMap view() {
     dfs::FeatureMap map;
@@ -78,7 +83,7 @@ struct TestMap {
     map.height = height;
     map.width = width;
     if (packed) {
-      map.codes = codes.data();
+      map.codes = codes.data() + codes_offset;
       map.row_bytes = row_bytes;
       map.bits = bits.data();
       map.quantizer = quantizer.view();
@@ -97,7 +102,7 @@ struct TestMap {
   }
 
   size_t pixel_index(int64_t n, int64_t y, int64_t x) const {
-    return static_cast<size_t>(n * row_bytes +
+    return static_cast<size_t>(codes_offset + n * row_bytes +
                                (y * width + x) *
                                    naive_pixel_bytes(channels, bits[static_cast<size_t>(n)]));
   }
@@ -163,12 +168,14 @@ inline TestMap make_packed_map(Random& random, int64_t batch, int64_t channels, 
     map.row_bytes = std::max(map.row_bytes, height * width * naive_pixel_bytes(channels, b));
   }
   map.row_bytes += random.integer(0, 3);
-  map.codes = GuardedBuffer<uint8_t>(static_cast<size_t>(batch * map.row_bytes));
+  map.codes_offset = random.integer(0, 3);
+  map.allocate_codes();
   return map;
 }
 
-// Values of about unit size; packed codes over their full range, extremes often.
-inline void fill(Random& random, TestMap& map) {
+// Values of about unit size; packed codes over their full range, extremes often. `extreme`: only
+// codes at the ends of their range and values that are quantized to these.
+inline void fill(Random& random, TestMap& map, bool extreme) {
   for (int64_t n = 0; n < map.batch; ++n) {
     for (int64_t y = 0; y < map.height; ++y) {
       for (int64_t x = 0; x < map.width; ++x) {
@@ -178,7 +185,8 @@ inline void fill(Random& random, TestMap& map) {
                       static_cast<size_t>(naive_pixel_bytes(map.channels, bits)));
         }
         for (int64_t c = 0; c < map.channels; ++c) {
-          const float value = random.uniform(-2.0f, 2.0f);
+          const float value =
+              extreme ? (random.chance(0.5) ? -1e4f : 1e4f) : random.uniform(-2.0f, 2.0f);
           if (!map.packed) {
             map.values[map.value_index(n, c, y, x)] = value;
             continue;
@@ -189,8 +197,9 @@ inline void fill(Random& random, TestMap& map) {
             std::memcpy(pixel + c * 4, &value, 4);
           } else if (bits != 0) {
             const int top = (1 << bits) - 1;
-            const int code = random.chance(0.3) ? (random.chance(0.5) ? 0 : top)
-                                                : static_cast<int>(random.integer(0, top));
+            const int code = extreme || random.chance(0.3)
+                                 ? (random.chance(0.5) ? 0 : top)
+                                 : static_cast<int>(random.integer(0, top));
             naive_insert(pixel, c, bits, code);
           }
         }

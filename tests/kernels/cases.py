@@ -51,6 +51,8 @@ class ConvCase:
     mul: bool = True
     add: bool = True
     relu: bool = False
+    extreme: bool = False  # codes at the ends of their range only
+    offset: int = 0  # of packed rows from an aligned address, in bytes
     seed: int = 0
 
     @property
@@ -146,16 +148,16 @@ def build(case: ConvCase) -> Built:
     shape = (len(case.bits), geometry.in_channels, *case.size)
     bits = torch.tensor(case.bits, dtype=torch.int32)
     quantizer = _random_quantizer(case.options, generator)
-    x = _full_range_values(shape, bits, quantizer, generator)
+    x = _full_range_values(shape, bits, quantizer, generator, case.extreme)
     source: Tensor | PackedActivation = _in_form(x, case.input_form)
     if case.input_form == "packed":
-        source = pack(x, bits, quantizer)
+        source = pack(x, bits, quantizer, case.offset)
     elif case.input_form == "requantized":
         stored = torch.tensor(case.options)[
             torch.randint(len(case.options), (len(case.bits),), generator=generator)
         ].to(torch.int32)
         stored[bits == 0] = 0
-        source = pack(x, stored, _random_quantizer(case.options, generator))
+        source = pack(x, stored, _random_quantizer(case.options, generator), case.offset)
     packed_weight, weight = _random_weight(case, generator)
     out_channels = geometry.out_channels
     affine_shape = (len(case.options), out_channels)
@@ -178,14 +180,24 @@ def build(case: ConvCase) -> Built:
     )
 
 
-def pack(x: Tensor, bits: Tensor, quantizer: Quantizer) -> PackedActivation:
-    """``x`` packed by the reference, in rows whose unused bytes are poisoned."""
-    data = torch.full((x.shape[0], row_bytes(quantizer.options, *x.shape[1:])), 0xC3).byte()
+def pack(x: Tensor, bits: Tensor, quantizer: Quantizer, offset: int = 0) -> PackedActivation:
+    """``x`` packed by the reference, in rows whose unused bytes are poisoned.
+
+    ``offset`` bytes after an address that is aligned as well as those of fresh tensors.
+    """
+    rows = (x.shape[0], row_bytes(quantizer.options, *x.shape[1:]))
+    data = _offset_rows(torch.full(rows, 0xC3).byte(), offset)
     packed = PackedActivation(
         data, bits, quantizer.scale, quantizer.zero_point, quantizer.options, *x.shape[1:]
     )
     reference.quantize_pack(x, packed)
     return packed
+
+
+def _offset_rows(rows: Tensor, offset: int) -> Tensor:
+    """A copy of uint8 rows that starts ``offset`` bytes after an aligned address."""
+    flat = rows.new_empty(offset + rows.numel())
+    return flat[offset:].view(rows.shape).copy_(rows)
 
 
 def _random_quantizer(options: tuple[int, ...], generator: torch.Generator) -> Quantizer:
@@ -200,9 +212,16 @@ def _random_quantizer(options: tuple[int, ...], generator: torch.Generator) -> Q
 
 
 def _full_range_values(
-    shape: tuple[int, ...], bits: Tensor, quantizer: Quantizer, generator: torch.Generator
+    shape: tuple[int, ...],
+    bits: Tensor,
+    quantizer: Quantizer,
+    generator: torch.Generator,
+    extreme: bool,
 ) -> Tensor:
-    """Values over, on and between all the codes of each sample's width, the outermost forced."""
+    """Values over, on and between all the codes of each sample's width, the outermost forced.
+
+    ``extreme``: only values that give the lowest and the highest code.
+    """
     x = torch.randn(shape, generator=generator)
     for n, width in enumerate(bits.tolist()):
         if width in (0, 32):
@@ -211,6 +230,8 @@ def _full_range_values(
         top = activation_max(width)
         # Half steps, so that there are ties, and a little beyond both ends.
         codes = torch.randint(-3, 2 * top + 4, shape[1:], generator=generator) / 2
+        if extreme:
+            codes = torch.where(codes > top / 2, top + 1.0, -1.0)
         flat = codes.view(-1)
         flat[torch.randint(flat.numel(), (1,), generator=generator)] = top
         flat[torch.randint(flat.numel(), (1,), generator=generator)] = 0
@@ -235,6 +256,8 @@ def _random_weight(case: ConvCase, generator: torch.Generator) -> tuple[PackedCo
     shape = case.geometry.weight_shape
     weight = torch.randn(shape, generator=generator)
     flat = weight.view(shape[0], -1)
+    if case.extreme:
+        flat.copy_(torch.where(flat > 0, 6.0, -6.0))
     flat[:, 0] = 6.0
     flat[:, -1] = -6.0
     reach = torch.tensor([2.0 ** (b - 1) if b != 32 else 1.0 for b in case.options])
@@ -264,7 +287,8 @@ def _random_residual(
                 int(torch.randint(len(case.options), (1,), generator=generator))
             ]
     quantizer = _random_quantizer(case.options, generator)
-    return pack(_full_range_values(shape, stored, quantizer, generator), stored, quantizer)
+    values = _full_range_values(shape, stored, quantizer, generator, case.extreme)
+    return pack(values, stored, quantizer, case.offset)
 
 
 def _random_output(
@@ -276,6 +300,27 @@ def _random_output(
         stored = torch.full_like(bits, case.output_bits)
         return _random_quantizer((case.output_bits,), generator), stored
     return None, bits
+
+
+def subset(built: Built, chosen: list[int]) -> Built:
+    """The same case with some of its samples, in another order."""
+
+    def pick(x: Tensor | PackedActivation | None) -> Tensor | PackedActivation | None:
+        if isinstance(x, PackedActivation):
+            return replace(x, data=x.data[chosen], bits=x.bits[chosen])
+        return None if x is None else x[chosen]
+
+    case = replace(built.case, bits=tuple(built.case.bits[n] for n in chosen))
+    source = pick(built.input)
+    assert source is not None
+    return replace(
+        built,
+        case=case,
+        input=source,
+        bits=built.bits[chosen],
+        residual=pick(built.residual),
+        output_bits=built.output_bits[chosen],
+    )
 
 
 # Running
@@ -294,7 +339,7 @@ def run(built: Built, backend: str) -> Result:
     role = "reference" if backend == "reference" else "other"
     case = built.case
     if case.output_form == "in_place":
-        built = replace(built, residual=_copy_of(built.residual))
+        built = replace(built, residual=_copy_of(built.residual, case.offset))
         assert built.residual is not None
         load(backend).mixed_conv2d(built.call(), built.residual)
         return Result(built.residual, True)
@@ -308,8 +353,9 @@ def run(built: Built, backend: str) -> Result:
     quantizer = built.output_quantizer
     rows = row_bytes(quantizer.options, *shape[1:])
     poison = _CODE_POISON[role]
-    codes = torch.full((2 * _GUARD + shape[0] * rows,), poison, dtype=torch.uint8)
-    data = codes[_GUARD : _GUARD + shape[0] * rows].view(shape[0], rows)
+    guard = _GUARD + case.offset
+    codes = torch.full((2 * guard + shape[0] * rows,), poison, dtype=torch.uint8)
+    data = codes[guard : guard + shape[0] * rows].view(shape[0], rows)
     packed = PackedActivation(
         data,
         built.output_bits,
@@ -319,13 +365,13 @@ def run(built: Built, backend: str) -> Result:
         *shape[1:],
     )
     load(backend).mixed_conv2d(built.call(), packed)
-    edges = torch.cat([codes[:_GUARD], codes[-_GUARD:]])
+    edges = torch.cat([codes[:guard], codes[-guard:]])
     return Result(packed, bool((edges == poison).all()))
 
 
-def _copy_of(x: Tensor | PackedActivation | None) -> Tensor | PackedActivation | None:
+def _copy_of(x: Tensor | PackedActivation | None, offset: int) -> Tensor | PackedActivation | None:
     if not isinstance(x, Tensor):
-        return x if x is None else x.clone()
+        return x if x is None else replace(x, data=_offset_rows(x.data, offset))
     copy = torch.empty_strided(x.shape, x.stride())
     return copy.copy_(x)
 
@@ -368,8 +414,9 @@ def exact_and_bound(built: Built, n: int) -> tuple[Tensor, Tensor]:
     case, geometry = built.case, built.case.geometry
     x = _values(built.input, n)
     weight = built.weight.double()
-    windows = (reference.conv2d_float(x, weight, geometry))[0]
-    absolute = reference.conv2d_float(x.abs(), weight.abs(), geometry)[0]
+    # Its products and sums are those of float64, for values of any kind.
+    sums = reference.conv2d_integer(x, weight, geometry)[0]
+    absolute = reference.conv2d_integer(x.abs(), weight.abs(), geometry)[0]
     i = case.options.index(32)
     mul = torch.ones(geometry.out_channels) if built.mul is None else built.mul[i]
     add = torch.zeros(geometry.out_channels) if built.add is None else built.add[i]
@@ -377,7 +424,7 @@ def exact_and_bound(built: Built, n: int) -> tuple[Tensor, Tensor]:
     m = mul.double().view(-1, 1, 1)
     c = (bias.double() * mul.double() + add.double()).float().double().view(-1, 1, 1)
     error = (geometry.taps + 2) * 2.0**-23 * absolute * m.abs()
-    product = windows * m
+    product = sums * m
     error = error + 2.0**-24 * (product.abs() + error)
     y = product + c
     error = error + 2.0**-24 * (y.abs() + error)
@@ -387,9 +434,17 @@ def exact_and_bound(built: Built, n: int) -> tuple[Tensor, Tensor]:
     return y, error
 
 
-def within_bound(built: Built, out: Tensor | PackedActivation, n: int) -> bool:
-    """Whether a 32-bit sample's result lies where :func:`exact_and_bound` allows."""
-    y, error = exact_and_bound(built, n)
+def within_bound(
+    built: Built,
+    out: Tensor | PackedActivation,
+    n: int,
+    bound: tuple[Tensor, Tensor] | None = None,
+) -> bool:
+    """Whether a 32-bit sample's result lies where :func:`exact_and_bound` allows.
+
+    ``bound`` is what that function gives, when the caller has it already.
+    """
+    y, error = exact_and_bound(built, n) if bound is None else bound
     if built.case.relu:
         y = y.clamp_min(0)
     width = 32 if isinstance(out, Tensor) else int(out.bits[n])

@@ -30,6 +30,16 @@ def test_cpp_tests_pass(sanitizers: str) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs GCC or Clang")
+def test_fuzzing_finds_nothing() -> None:
+    command = [sys.executable, "-m", "build_tools.csrc_fuzz", "--seconds", "5", "--seed", "1"]
+    result = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert result.returncode == 0, result.stdout
+
+
 def test_native_code_outside_csrc_python_needs_neither_python_nor_torch() -> None:
     sources = [
         path

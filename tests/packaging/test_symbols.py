@@ -86,44 +86,6 @@ def test_vex_code_would_be_found(tmp_path: Path) -> None:
         assert VEX.search(code), flags
 
 
-@needs_x86_64
-def test_tests_pass_on_an_emulated_x86_64_v2_processor(executable: Path) -> None:
-    emulator = tool("qemu-x86_64")
-    result = subprocess.run(
-        [emulator, "-cpu", "Nehalem", str(executable)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    failed = re.findall(r"^FAIL (\S+)", result.stdout, re.MULTILINE)
-    summary = re.search(r"^(\d+) tests, (\d+) failed$", result.stdout, re.MULTILINE)
-    assert summary, result.stdout
-    assert int(summary[1]) > 0
-    assert int(summary[2]) == len(failed), result.stdout
-    # The emulator itself aborts when a child of a process with threads starts threads of its own.
-    assert [name for name in failed if "fork" not in name] == [], result.stdout
-
-
-@needs_x86_64
-def test_module_loads_on_an_emulated_x86_64_v2_processor() -> None:
-    emulator = tool("qemu-x86_64")
-    modules = sorted((ROOT / "dfs_kernels").glob(f"_cpu.{sys.implementation.cache_tag}*.so"))
-    if not modules:
-        pytest.skip("no module was built in place")
-    program = (
-        "import importlib.util as u; s = u.spec_from_file_location('_cpu', "
-        f"{str(modules[0])!r}); m = u.module_from_spec(s); s.loader.exec_module(m)"
-    )
-    result = subprocess.run(
-        [emulator, "-cpu", "Nehalem", sys.executable, "-I", "-S", "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-
-
 def test_module_exports_its_init_function_only() -> None:
     modules = sorted((ROOT / "dfs_kernels").glob(f"_c*.{sys.implementation.cache_tag}*.so"))
     if not modules:
