@@ -36,6 +36,7 @@ with contextlib.suppress(ImportError):  # backends.cpu says why, and every call 
 
 # Convolutions of different stride, padding, dilation or groups that share one weight.
 _MAX_PLANS = 8
+_MAX_ZERO_POINT = 255
 _CPU = torch.device("cpu")
 _PLAIN = (Tensor, Parameter)
 
@@ -93,7 +94,7 @@ def unpack_dequantize(packed: Any, backend: str | None) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and packed.scale.requires_grad:
         return None
-    out = torch.empty((batch, channels, height, width), dtype=torch.float32, device=_CPU)
+    out = torch.empty(batch, channels, height, width, dtype=torch.float32, device=_CPU)
     done = _cpu.try_unpack_dequantize(_codes(packed), _values(out), batch, torch.get_num_threads())
     return out if done else None
 
@@ -270,7 +271,7 @@ class ConvPlan:
             or plan.isa != isa
         ):
             plan = _find_plan(weight, in_channels, arguments, isa)
-        if plan.geometry.in_channels != in_channels or plan.options is not weight.bit_options:
+        if plan.geometry.in_channels != in_channels:
             raise _DeclinedError
         return plan
 
@@ -296,7 +297,8 @@ def _find_plan(
     key = (isa, *arguments)
     plan: ConvPlan | None = weight._plans.get(key)
     if plan is None:
-        if type(weight.buffer) is not Tensor or not weight.buffer.is_cpu:
+        steps = (len(weight.bit_options), weight.shape[0])
+        if not weight.buffer.is_cpu or not _is_ready(weight.scales, torch.float32, steps):
             raise _DeclinedError
         try:
             plan = ConvPlan(weight, in_channels, arguments, isa)
@@ -370,16 +372,12 @@ class _Convolution:
         if bit_options is not None and bit_options is not options:
             if type(bit_options) not in (tuple, list) or tuple(bit_options) != options:
                 raise _DeclinedError
-        if not weight.buffer.is_cpu:
-            raise _DeclinedError
         self.relu = activation is not None
         self.bits = _widths(bits, batch)
         out_channels = plan.geometry.out_channels
         self.shape = (batch, out_channels, *plan.output_size(height, width))
         per_channel = (len(options), out_channels)
         self.weight_scale = scales = weight.scales
-        if not _is_ready(scales, torch.float32, per_channel):
-            raise _DeclinedError
         differentiable.append(scales)
         self.input_scale = self.input_zero_point = None
         if input_scale is not None:
@@ -419,7 +417,8 @@ class _Convolution:
             native, differentiable = _codes(residual), residual.scale
         else:
             self.residual = image = _float_image(residual)
-            shape = tuple(image.shape)
+            batch, channels, height, width = image.shape
+            shape = (batch, channels, height, width)
             native, differentiable = _values(image), image
         if shape != self.shape or (self.tracks_gradients and differentiable.requires_grad):
             raise _DeclinedError
@@ -430,7 +429,7 @@ class _Convolution:
         last = self.image is not None and wants_channels_last(self.image)
         memory_format = torch.channels_last if last else torch.contiguous_format
         return torch.empty(
-            self.shape, dtype=torch.float32, device=_CPU, memory_format=memory_format
+            *self.shape, dtype=torch.float32, device=_CPU, memory_format=memory_format
         )
 
     def run(self, residual: Any, output: Any) -> bool:
@@ -468,7 +467,7 @@ def _is_ready(value: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         and value.shape == shape
         and value.is_cpu
         and value.is_contiguous()
-        and not value.is_neg()
+        and (dtype is not torch.float32 or not value.is_neg())
     )
 
 
@@ -541,7 +540,7 @@ def _new_packed(
     width: int,
 ) -> PackedActivation:
     size = row_bytes(options, channels, height, width)
-    data = torch.empty((batch, size), dtype=torch.uint8, device=_CPU)
+    data = torch.empty(batch, size, dtype=torch.uint8, device=_CPU)
     return PackedActivation.unchecked(
         data, bits, scale, zero_point, options, channels, height, width
     )
@@ -591,6 +590,10 @@ def _per_width(
     fill: float | None,
 ) -> Tensor:
     """Per-width values as one tensor of ``shape``: the one given, where it is that."""
+    if type(values) is dict:
+        found = _stacked(values, options, dtype, shape[1:], fill)
+        if found is not None:
+            return found
     if not _is_ready(values, dtype, shape):
         try:
             values = per_width(values, options, "", dtype, _CPU, shape[1:], fill)
@@ -598,8 +601,30 @@ def _per_width(
             raise _DeclinedError from error
         if not _is_ready(values, dtype, shape):
             raise _DeclinedError
-    found: Tensor = values
-    return found
+    ready: Tensor = values
+    return ready
+
+
+def _stacked(
+    values: dict[Any, Any],
+    options: tuple[int, ...],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    fill: float | None,
+) -> Tensor | None:
+    """What :func:`per_width` makes of a dict with nothing to convert, else None."""
+    rows: list[Any] = [values.get(bits, fill if bits == 32 else None) for bits in options]
+    kinds = {type(row) for row in rows}
+    if kinds == {float} and not shape and dtype is torch.float32:
+        # A default dtype of half precision would round the numbers to that first.
+        if torch.get_default_dtype() is torch.float32:
+            return torch.tensor(rows, dtype=dtype, device=_CPU)
+    elif kinds == {int} and not shape and dtype is torch.int32:
+        if all(0 <= row <= _MAX_ZERO_POINT for row in rows):
+            return torch.tensor(rows, dtype=dtype, device=_CPU)
+    elif all(_is_ready(row, dtype, shape) for row in rows):
+        return torch.stack(rows)
+    return None
 
 
 def _bias(bias: Any, out_channels: int) -> Tensor:

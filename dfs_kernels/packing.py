@@ -253,7 +253,7 @@ class PackedConvWeight:
     levels: tuple[str, ...]
     shape: tuple[int, int, int, int]
     _tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict, repr=False)
-    # What dfs_kernels.direct keeps from call to call; follows from the rest.
+    # What dfs_kernels.direct keeps from call to call.
     _plans: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, init=False)
     _last_plan: Any = field(default=None, repr=False, init=False)
 
@@ -325,6 +325,13 @@ class PackedConvWeight:
             else:
                 backend.quantize_weight(source, steps[i], bits, kind == "centred", out=target)
         return PackedConvWeight(buffer, steps.clone(), options, kinds, shape)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if not name.startswith("_"):
+            # These were made from what the attribute used to be.
+            self._tiles = {}
+            self._plans, self._last_plan = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold addresses, which mean nothing in a copy.
