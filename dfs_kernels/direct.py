@@ -298,7 +298,11 @@ def _find_plan(
     plan: ConvPlan | None = weight._plans.get(key)
     if plan is None:
         steps = (len(weight.bit_options), weight.shape[0])
-        if not weight.buffer.is_cpu or not _is_ready(weight.scales, torch.float32, steps):
+        if (
+            type(weight.buffer) not in _PLAIN
+            or not weight.buffer.is_cpu
+            or not _is_ready(weight.scales, torch.float32, steps)
+        ):
             raise _DeclinedError
         try:
             plan = ConvPlan(weight, in_channels, arguments, isa)
