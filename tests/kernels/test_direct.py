@@ -270,6 +270,7 @@ BAD_CALLS = {
     "bits True": change(bits=True),
     "stride 0": change(stride=0),
     "stride True": change(stride=True),
+    "stride pair with True": change(stride=(True, 1)),
     "stride a float": change(stride=1.0),
     "stride of three": change(stride=(1, 1, 1)),
     "padding negative": change(padding=(-1, 0)),
@@ -319,7 +320,8 @@ def error_of(run: Callable[[], object]) -> tuple[type[BaseException], str]:
 @pytest.mark.parametrize("change", BAD_CALLS.values(), ids=BAD_CALLS.keys())
 def test_errors_are_those_of_the_op(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     good = arguments_of(CASE)
-    mixed_conv2d(**good)  # so that there is a plan
+    for stride in (good["stride"], 1):  # so that there are plans, of arguments equal to bad ones
+        mixed_conv2d(**{**good, "stride": stride})
     bad = change(good)
     assert error_of(lambda: mixed_conv2d(**bad)) == error_of(
         lambda: through_ops(lambda: mixed_conv2d(**bad))
@@ -496,6 +498,16 @@ def test_a_wanted_gradient_takes_the_op(taken: Taken, name: str) -> None:
         mixed_conv2d_(**arguments)
 
 
+def test_a_result_does_not_inherit_that_its_scale_wants_a_gradient(taken: Taken) -> None:
+    arguments = arguments_of(replace(CASE, output_form="own"))
+    arguments["output_scale"].requires_grad_()
+    got = taken(lambda: mixed_conv2d(**arguments))
+    assert_same(got, through_ops(lambda: mixed_conv2d(**arguments)))
+    packing = (arguments["input"], arguments["bits"], arguments["output_scale"])
+    packed = taken(lambda: quantize_pack(*packing))
+    assert_same(packed, through_ops(lambda: quantize_pack(*packing)))
+
+
 def test_packed_scales_that_want_a_gradient_take_the_ops(taken: Taken) -> None:
     arguments = arguments_of(replace(CASE, input_form="requantized"))
     packed = replace(arguments["input"], scale=arguments["input"].scale.clone().requires_grad_())
@@ -591,6 +603,21 @@ def test_every_instruction_set_gets_its_own_tiles(taken: Taken) -> None:
         cpu._cpu.set_isa(isa)
         got = taken(lambda: mixed_conv2d(**arguments))
         assert torch.equal(as_bits(got), as_bits(expected)), isa
+
+
+def test_tiles_of_another_instruction_set_are_not_used(
+    taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = arguments_of(CASE)
+    weight = arguments["weight"]
+    used = []
+    for isa in ("this", "that", "this"):
+        monkeypatch.setattr(cpu._cpu, "isa", lambda isa=isa: isa)
+        taken(lambda: mixed_conv2d(**arguments))
+        used.append(weight._last_plan.tiles)
+        assert used[-1] is weight._tiles["cpu", isa, 1]
+    assert used[0] is used[2]
+    assert used[0] is not used[1]
 
 
 def test_the_thread_count_is_that_of_now(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
