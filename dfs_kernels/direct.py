@@ -25,11 +25,10 @@ from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
     PackedActivation,
     PackedConvWeight,
-    check_packable,
     per_width,
     row_bytes,
 )
-from dfs_kernels.widths import check_accumulator
+from dfs_kernels.widths import KERNEL_WIDTHS, check_accumulator
 
 with contextlib.suppress(ImportError):  # backends.cpu says why, and every call is declined
     import dfs_kernels._cpu as _cpu
@@ -147,8 +146,10 @@ def mixed_conv2d(
             options, stored = call.plan.options, call.bits
         elif type(output_bits) is int:
             options = _packable((output_bits,))
-            output_scale = only_entry(output_scale, output_bits, call.plan.options)
-            if output_zero_point is not None:
+            # A dict's entry is found without help.
+            if type(output_scale) is not dict:
+                output_scale = only_entry(output_scale, output_bits, call.plan.options)
+            if output_zero_point is not None and type(output_zero_point) is not dict:
                 output_zero_point = only_entry(output_zero_point, output_bits, call.plan.options)
             stored = torch.full((call.shape[0],), output_bits, dtype=torch.int32, device=_CPU)
         else:
@@ -566,16 +567,21 @@ def _widths(bits: Any, batch: int) -> Tensor:
 
 def _options(scale: Any, bit_options: Any, single: tuple[int, ...] | None) -> tuple[int, ...]:
     try:
-        return check_packable(infer_options(scale, bit_options, single, "scale"), "bit_options")
+        return _packable(infer_options(scale, bit_options, single, "scale"))
     except (TypeError, ValueError) as error:
         raise _DeclinedError from error
 
 
 def _packable(options: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        return check_packable(options, "output_bits")
-    except (TypeError, ValueError) as error:
-        raise _DeclinedError from error
+    """The ``options`` that :func:`check_packable` lets through."""
+    last = 0
+    for bits in options:
+        if type(bits) is not int or bits <= last or bits not in KERNEL_WIDTHS:
+            raise _DeclinedError
+        last = bits
+    if last == 0:
+        raise _DeclinedError
+    return options
 
 
 def _quantizer(scale: Any, zero_point: Any, options: tuple[int, ...]) -> tuple[Tensor, Tensor]:
