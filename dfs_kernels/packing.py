@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,6 +146,34 @@ class PackedActivation:
                 raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
             if value.device != self.data.device:
                 raise ValueError(f"{name} is on {value.device}, but data is on {self.data.device}")
+            if not value.is_contiguous():
+                # The kernels read these where they lie. (The way to set a frozen field.)
+                object.__setattr__(self, name, value.contiguous())
+
+    @staticmethod
+    def unchecked(
+        data: Tensor,
+        bits: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bit_options: tuple[int, ...],
+        channels: int,
+        height: int,
+        width: int,
+    ) -> PackedActivation:
+        """The constructor for what is known to pass its checks, at a tenth of the time."""
+        made = object.__new__(PackedActivation)
+        made.__dict__.update(
+            data=data,
+            bits=bits,
+            scale=scale,
+            zero_point=zero_point,
+            bit_options=bit_options,
+            channels=channels,
+            height=height,
+            width=width,
+        )
+        return made
 
     @property
     def quantizer(self) -> Quantizer:
@@ -224,6 +253,9 @@ class PackedConvWeight:
     levels: tuple[str, ...]
     shape: tuple[int, int, int, int]
     _tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict, repr=False)
+    # What dfs_kernels.direct keeps from call to call.
+    _plans: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, init=False)
+    _last_plan: Any = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
         check_packable(self.bit_options, "bit_options")
@@ -293,6 +325,17 @@ class PackedConvWeight:
             else:
                 backend.quantize_weight(source, steps[i], bits, kind == "centred", out=target)
         return PackedConvWeight(buffer, steps.clone(), options, kinds, shape)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if not name.startswith("_"):
+            # These were made from what the attribute used to be.
+            self._tiles = {}
+            self._plans, self._last_plan = {}, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold addresses, which mean nothing in a copy.
+        return {**self.__dict__, "_plans": {}, "_last_plan": None}
 
     @property
     def layout(self) -> WeightLayout:

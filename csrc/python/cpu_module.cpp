@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -92,8 +93,39 @@ void bind_quantizer(py::module_& module) {
   def_pointer(cls, "zero_point", &dfs::Quantizer::zero_point);
 }
 
+dfs::FeatureMap map_of_values(Address values, int64_t channels, int64_t height, int64_t width,
+                              const std::array<int64_t, 4>& strides) {
+  dfs::FeatureMap map;
+  map.channels = channels;
+  map.height = height;
+  map.width = width;
+  map.values = pointer<float>(values);
+  map.stride_n = strides[0];
+  map.stride_c = strides[1];
+  map.stride_h = strides[2];
+  map.stride_w = strides[3];
+  return map;
+}
+
+dfs::FeatureMap map_of_codes(Address codes, int64_t channels, int64_t height, int64_t width,
+                             int64_t row_bytes, Address bits, const std::vector<int32_t>& widths,
+                             Address scale, Address zero_point) {
+  dfs::FeatureMap map;
+  map.channels = channels;
+  map.height = height;
+  map.width = width;
+  map.codes = pointer<uint8_t>(codes);
+  map.row_bytes = row_bytes;
+  map.bits = pointer<const int32_t>(bits);
+  map.quantizer.widths = make_widths(widths);
+  map.quantizer.scale = pointer<const float>(scale);
+  map.quantizer.zero_point = pointer<const int32_t>(zero_point);
+  return map;
+}
+
 void bind_feature_map(py::module_& module) {
   using dfs::FeatureMap;
+  using namespace py::literals;
   py::class_<FeatureMap> cls(module, "FeatureMap");
   def_keyword_constructor(cls);
   cls.def_readwrite("channels", &FeatureMap::channels)
@@ -108,6 +140,11 @@ void bind_feature_map(py::module_& module) {
   def_pointer(cls, "values", &FeatureMap::values);
   def_pointer(cls, "codes", &FeatureMap::codes);
   def_pointer(cls, "bits", &FeatureMap::bits);
+  // All of a map at once: setting its attributes one by one costs as much as a small convolution.
+  cls.def_static("of_values", &map_of_values, "values"_a, "channels"_a, "height"_a, "width"_a,
+                 "strides"_a);
+  cls.def_static("of_codes", &map_of_codes, "codes"_a, "channels"_a, "height"_a, "width"_a,
+                 "row_bytes"_a, "bits"_a, "widths"_a, "scale"_a, "zero_point"_a);
 }
 
 void bind_geometry(py::module_& module) {
@@ -194,6 +231,108 @@ void bind_mixed_conv2d_backward(py::module_& module) {
   def_pointer(cls, "grad_add", &MixedConv2dBackwardArgs::grad_add);
 }
 
+// The checks that look at values, for callers that have not made them. What they refuse, Python
+// refuses with a message of its own, so these say only whether to go on.
+
+bool is_allowed(const dfs::Quantizer& quantizer) {
+  constexpr float kMinScale = 0x1p-126f;
+  constexpr float kMaxScale = 0x1p126f;
+  for (int i = 0; i < quantizer.widths.count; ++i) {
+    const int32_t bits = quantizer.widths.bits[i];
+    if (bits == 32) continue;
+    const float scale = quantizer.scale[i];
+    if (!(scale >= kMinScale && scale <= kMaxScale)) return false;
+    const int64_t zero_point = quantizer.zero_point[i];
+    if (zero_point < 0 || zero_point >= int64_t{1} << bits) return false;
+  }
+  return true;
+}
+
+bool are_listed(const int32_t* bits, int64_t batch, const dfs::WidthTable& widths) {
+  for (int64_t n = 0; n < batch; ++n) {
+    if (bits[n] != 0 && index_of(widths, bits[n]) < 0) return false;
+  }
+  return true;
+}
+
+// Whether rows have the size that the widest option takes, and samples one of the options.
+bool is_well_formed(const dfs::FeatureMap& map, int64_t batch) {
+  const dfs::WidthTable& widths = map.quantizer.widths;
+  if (widths.count == 0) return false;
+  const int64_t pixel_bytes = (map.channels * widths.bits[widths.count - 1] + 7) / 8;
+  return map.row_bytes == map.height * map.width * pixel_bytes &&
+         are_listed(map.bits, batch, widths);
+}
+
+// Whether each sample of a packed input is stored at a width that can serve the one wanted.
+bool can_serve(const dfs::MixedConv2dArgs& args) {
+  if (!is_packed(args.input)) return true;
+  if (!is_well_formed(args.input, args.batch)) return false;
+  const bool as_they_are = args.input_quantizer.scale == nullptr;
+  for (int64_t n = 0; n < args.batch; ++n) {
+    const int32_t stored = args.input.bits[n];
+    if (args.bits[n] == 0) continue;
+    if (stored == 0 || (as_they_are && stored != args.bits[n])) return false;
+  }
+  return true;
+}
+
+// A convolution from the parts that change from call to call and those that do not. Gives false,
+// with nothing done, for values that mixed_conv2d must not be called with. Without an output the
+// residual is added into.
+bool try_mixed_conv2d(const dfs::ConvGeometry& geometry, const dfs::ConvWeight& weight,
+                      Address weight_scale, int64_t batch, Address bits,
+                      const dfs::FeatureMap& input, Address input_scale, Address input_zero_point,
+                      Address bias, Address mul, Address add, const dfs::FeatureMap* residual,
+                      bool relu, const dfs::FeatureMap* output, int threads) {
+  dfs::MixedConv2dArgs args;
+  args.batch = batch;
+  args.bits = pointer<const int32_t>(bits);
+  args.geometry = geometry;
+  args.weight = weight;
+  args.weight.scale = pointer<const float>(weight_scale);
+  args.input = input;
+  if (input_scale != 0) {
+    args.input_quantizer.widths = weight.widths;
+    args.input_quantizer.scale = pointer<const float>(input_scale);
+    args.input_quantizer.zero_point = pointer<const int32_t>(input_zero_point);
+    if (!is_allowed(args.input_quantizer)) return false;
+  }
+  args.bias = pointer<const float>(bias);
+  args.mul = pointer<const float>(mul);
+  args.add = pointer<const float>(add);
+  args.has_residual = residual != nullptr;
+  if (residual != nullptr) args.residual = *residual;
+  args.relu = relu;
+  if (output == nullptr) {
+    if (residual == nullptr) throw std::invalid_argument("neither an output nor a residual");
+    args.output = *residual;
+  } else {
+    args.output = *output;
+    if (is_packed(args.output) && !is_allowed(args.output.quantizer)) return false;
+  }
+  if (!are_listed(args.bits, batch, weight.widths) || !can_serve(args)) return false;
+  if (args.has_residual && is_packed(args.residual) && !is_well_formed(args.residual, batch)) {
+    return false;
+  }
+  dfs::mixed_conv2d(args, threads);
+  return true;
+}
+
+bool try_quantize_pack(const dfs::FeatureMap& src, const dfs::FeatureMap& dst, int64_t batch,
+                       int threads) {
+  if (!is_allowed(dst.quantizer) || !is_well_formed(dst, batch)) return false;
+  dfs::quantize_pack(src, dst, batch, threads);
+  return true;
+}
+
+bool try_unpack_dequantize(const dfs::FeatureMap& src, const dfs::FeatureMap& dst, int64_t batch,
+                           int threads) {
+  if (!is_well_formed(src, batch)) return false;
+  dfs::unpack_dequantize(src, dst, batch, threads);
+  return true;
+}
+
 void bind_operations(py::module_& module) {
   using namespace py::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -237,6 +376,13 @@ void bind_operations(py::module_& module) {
       },
       "geometry"_a, "canonical"_a, "bits"_a, "centred"_a, "out"_a, "threads"_a, Unlocked());
   module.def("mixed_conv2d", &dfs::mixed_conv2d, "args"_a, "threads"_a, Unlocked());
+  module.def("try_quantize_pack", &try_quantize_pack, "src"_a, "dst"_a, "batch"_a, "threads"_a,
+             Unlocked());
+  module.def("try_unpack_dequantize", &try_unpack_dequantize, "src"_a, "dst"_a, "batch"_a,
+             "threads"_a, Unlocked());
+  module.def("try_mixed_conv2d", &try_mixed_conv2d, "geometry"_a, "weight"_a, "weight_scale"_a,
+             "batch"_a, "bits"_a, "input"_a, "input_scale"_a, "input_zero_point"_a, "bias"_a,
+             "mul"_a, "add"_a, "residual"_a, "relu"_a, "output"_a, "threads"_a, Unlocked());
   module.def("mixed_conv2d_backward", &dfs::mixed_conv2d_backward, "args"_a, "threads"_a,
              Unlocked());
 }

@@ -117,6 +117,14 @@ def select_name(
     return "reference"
 
 
+def is_compiled_cpu(requested: str | None) -> bool:
+    """Whether an op on CPU tensors at kernel widths will run on the compiled kernels."""
+    asked = requested if requested is not None else _override
+    if asked is None:
+        asked = _DEFAULTS["cpu"][0]
+    return asked == "cpu" and cpu.unavailable_reason() is None
+
+
 def select(
     op: str, requested: str | None, device: torch.device, options: Sequence[int]
 ) -> ModuleType:

@@ -110,6 +110,15 @@ def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry) -> Tensor:
     return tiles
 
 
+def native_parts(
+    geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool], tiles: Tensor
+) -> tuple[Any, Any]:
+    """A geometry, and a weight without its steps, as the compiled module takes them."""
+    native = _geometry(geometry)
+    offsets = _tile_offsets(native, options)
+    return native, _native_weight(options, centred, tiles, offsets)
+
+
 def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation) -> None:
     geometry = _geometry(call.geometry)
     args = _cpu.MixedConv2dArgs()
@@ -189,17 +198,20 @@ def _quantizer(quantizer: Quantizer) -> Any:
 
 
 def _feature_map(x: Tensor | PackedActivation) -> Any:
-    native = _cpu.FeatureMap()
-    _, native.channels, native.height, native.width = x.shape
+    _, channels, height, width = x.shape
     if isinstance(x, Tensor):
-        native.values = x.data_ptr()
-        native.stride_n, native.stride_c, native.stride_h, native.stride_w = x.stride()
-    else:
-        native.codes = x.data.data_ptr()
-        native.row_bytes = x.data.shape[1]
-        native.bits = x.bits.data_ptr()
-        native.quantizer = _quantizer(x.quantizer)
-    return native
+        return _cpu.FeatureMap.of_values(x.data_ptr(), channels, height, width, x.stride())
+    return _cpu.FeatureMap.of_codes(
+        x.data.data_ptr(),
+        channels,
+        height,
+        width,
+        x.data.shape[1],
+        x.bits.data_ptr(),
+        x.bit_options,
+        x.scale.data_ptr(),
+        x.zero_point.data_ptr(),
+    )
 
 
 def _geometry(geometry: ConvGeometry) -> Any:
@@ -228,12 +240,19 @@ def _tiled_weight(call: ConvCall, geometry: Any) -> tuple[Any, Tensor]:
     offsets = _tile_offsets(geometry, weight.options)
     if tiles is None:
         tiles = _make_tiles(weight, geometry, offsets, set(call.bits.tolist()))
-    native = _cpu.ConvWeight()
-    native.widths = list(weight.options)
-    native.centred = list(weight.centred)
+    native = _native_weight(weight.options, weight.centred, tiles, offsets)
     native.scale = _pointer(weight.scale)
-    native.tiles = [tiles.data_ptr() + offset for offset in offsets[:-1]]
     return native, tiles
+
+
+def _native_weight(
+    options: Sequence[int], centred: Sequence[bool], tiles: Tensor, offsets: Sequence[int]
+) -> Any:
+    native = _cpu.ConvWeight()
+    native.widths = list(options)
+    native.centred = list(centred)
+    native.tiles = [tiles.data_ptr() + offset for offset in offsets[:-1]]
+    return native
 
 
 def _make_tiles(

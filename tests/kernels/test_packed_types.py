@@ -770,6 +770,17 @@ def test_a_packed_weight_put_together_wrongly_is_refused(
         replace(good, **changes)
 
 
+def test_strided_widths_and_scales_of_an_activation_are_made_contiguous() -> None:
+    packed = quantize_pack(torch.randn(4, 3, 2, 2), torch.tensor([8, 4, 2, 8]), torch.rand(4) + 0.1)
+    strided = {
+        name: torch.stack([getattr(packed, name), torch.full_like(getattr(packed, name), 7)], 1)
+        for name in ("bits", "scale", "zero_point")
+    }
+    same = replace(packed, **{name: values[:, 0] for name, values in strided.items()})
+    assert same.bits.is_contiguous()
+    assert torch.equal(unpack_dequantize(same), unpack_dequantize(packed))
+
+
 def test_a_packed_activation_of_negative_size_is_refused() -> None:
     bits = torch.full((4,), 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="height must be positive"):
