@@ -168,7 +168,8 @@ inline DirectScratch<Dword, Vector> direct_scratch(const WindowShape& shape, int
   DirectScratch<Dword, Vector> scratch;
   scratch.row = row_scratch(shape, &arena);
   const int64_t rows = direct_band_rows<Dword>(shape, out_height);
-  scratch.band = arena.take<Dword>(band_height(shape, rows) * dword_row_step<Dword>(shape));
+  scratch.band =
+      arena.take<Dword>(band_height(shape, rows) * dword_row_step<Dword>(shape) + kLanes);
   scratch.sums = arena.take<Vector>(2 * kTilePixels[1]);
   const int64_t outputs =
       direct_block_pixels(shape.geometry, shape.out_width) * shape.geometry.out_channels;
@@ -206,14 +207,15 @@ struct DirectMultiply {
 
   void start_sums(int64_t group, int64_t vector, int64_t vectors, int64_t row_begin,
                   int64_t row_end, Ints* start) const {
-    const int32_t* all = static_cast<const int32_t*>(task->tile);
-    int32_t* lanes = reinterpret_cast<int32_t*>(start);
-    for (int64_t i = 0; i < vectors * kLanes; ++i) lanes[i] = 0;
+    for (int64_t v = 0; v < vectors; ++v) start[v] = zero_ints();
     if (zero_point == 0) return;
+    const int32_t* level_sums = static_cast<const int32_t*>(task->tile);
     for (int64_t kh = row_begin; kh < row_end; ++kh) {
-      const int32_t* sums_of_row =
-          all + ((group * shape->geometry.kernel_h + kh) * layout.vectors + vector) * kLanes;
-      for (int64_t i = 0; i < vectors * kLanes; ++i) lanes[i] -= zero_point * sums_of_row[i];
+      const int64_t first = (group * shape->geometry.kernel_h + kh) * layout.vectors + vector;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Ints sums = load_ints(level_sums + (first + v) * kLanes);
+        start[v] = subtract(start[v], multiply(sums, splat(zero_point)));
+      }
     }
   }
 
@@ -231,8 +233,6 @@ struct DirectMultiply {
     inner_rows(y, &row_begin, &row_end);
     Vector start[2];
     start_sums(group, vector, vectors, row_begin, row_end, start);
-    WindowWalk inner = walk;
-    inner.kernel_h = row_end - row_begin;
     const Dword* row = band.row(y * g.stride_h - g.pad_top + row_begin * g.dilation_h) +
                        group * band.planes * shape->band_width;
     const Dword* weights = static_cast<const Dword*>(task->tile) + layout.sum_dwords +
@@ -242,7 +242,8 @@ struct DirectMultiply {
     const DotTiles<Vector>& sized = tiles[vectors];
     for_each_tile(x_end - x_begin, sized.max_pixels, [&](int64_t first, int64_t pixels) {
       const int64_t x = x_begin + first;
-      sized.tiles[pixels - 1](inner, row + x * g.stride_w, weights, start, sums);
+      sized.tiles[pixels - 1](walk, row_end - row_begin, row + x * g.stride_w, weights, start,
+                              sums);
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t channel = (vector + v) * kLanes;
         const Vector* column = sums + v;

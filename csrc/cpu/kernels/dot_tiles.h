@@ -23,7 +23,6 @@ constexpr int kStridedTilePixels = 4;
 // How a window lies in memory. Input: dwords [kernel_h][plane][x]; weights: vectors
 // [kernel_h][kernel_w][plane] for each vector of output channels. Steps are in dwords.
 struct WindowWalk {
-  int64_t kernel_h;  // rows of the window that lie inside the input
   int64_t kernel_w;
   int64_t planes;
   int64_t row_step;
@@ -33,10 +32,11 @@ struct WindowWalk {
   int64_t vector_step;  // weights of one vector of output channels
 };
 
-// sums[pixel][vector][lane] = start[vector][lane] + dot(window, weights). kStep is the distance of
-// two pixels, 0 if it is only known at run time.
+// sums[pixel][vector][lane] = start[vector][lane] + dot(window, weights) over `rows` rows of the
+// window, those that lie inside the input. kStep is the distance of two pixels, 0 if it is only
+// known at run time.
 template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
-inline void dot_tile(const WindowWalk& walk, const void* input, const void* weights,
+inline void dot_tile(const WindowWalk& walk, int64_t rows, const void* input, const void* weights,
                      const Vector* start, Vector* result) {
   const Dword* row = static_cast<const Dword*>(input);
   const Dword* weight = static_cast<const Dword*>(weights);
@@ -45,7 +45,7 @@ inline void dot_tile(const WindowWalk& walk, const void* input, const void* weig
   for (int p = 0; p < kPixels; ++p) {
     for (int v = 0; v < kVectors; ++v) sums[p][v] = start[v];
   }
-  for (int64_t kh = 0; kh < walk.kernel_h; ++kh) {
+  for (int64_t kh = 0; kh < rows; ++kh) {
     const Dword* column = row;
     for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
       const Dword* x = column;
@@ -71,7 +71,8 @@ inline void dot_tile(const WindowWalk& walk, const void* input, const void* weig
 }
 
 template <typename Vector>
-using DotTile = void (*)(const WindowWalk&, const void*, const void*, const Vector*, Vector*);
+using DotTile = void (*)(const WindowWalk&, int64_t, const void*, const void*, const Vector*,
+                         Vector*);
 
 // The tiles of 1 to so many pixels.
 template <typename Vector>

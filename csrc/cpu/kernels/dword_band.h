@@ -233,6 +233,18 @@ inline void load_dwords(const WindowShape& shape, const RowSource& source, int64
   }
 }
 
+// Writes whole vectors: up to kLanes dwords more, which are filled afterwards or not needed.
+template <typename Dword>
+inline void pad_dwords(Dword* dst, int64_t count, Dword padding) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    if constexpr (std::is_same<Dword, float>::value) {
+      store(dst + i, splat(padding));
+    } else {
+      store(dst + i, splat(static_cast<int32_t>(padding)));
+    }
+  }
+}
+
 // Fills the band with the input rows that output rows [row_begin, row_end) read. Rows outside the
 // input are left out, columns outside it hold what counts as zero.
 template <typename Dword>
@@ -258,8 +270,8 @@ inline void load_dword_band(const WindowShape& shape, const RowSource& source, i
     Dword* row = memory + (y - band->first_row) * band->row_step;
     for (int64_t i = 0; i < g.groups * band->planes; ++i) {
       Dword* plane = row + i * shape.band_width;
-      for (int64_t x = 0; x < left; ++x) plane[x] = padding;
-      for (int64_t x = right; x < shape.band_width; ++x) plane[x] = padding;
+      pad_dwords(plane, left, padding);
+      pad_dwords(plane + right, shape.band_width - right, padding);
     }
     if (shape.used_width > 0) load_dwords(shape, source, y, left, row);
   }
