@@ -2,8 +2,6 @@
 // two vectors of output channels, summed over the whole window in registers.
 #pragma once
 
-#include <utility>
-
 #include "isa.h"
 #include "vectors.h"
 
@@ -17,11 +15,10 @@ constexpr int kTilePixels[3] = {0, 16, 14};
 #else
 constexpr int kTilePixels[3] = {0, 8, 6};
 #endif
-// With a stride that the code does not know, addresses take registers too.
-constexpr int kStridedTilePixels = 4;
 
-// How a window lies in memory. Input: dwords [kernel_h][plane][x]; weights: vectors
-// [kernel_h][kernel_w][plane] for each vector of output channels. Steps are in dwords.
+// How a window lies in memory: dwords at kernel row * row_step + kernel column * column_step +
+// plane * plane_step for a pixel, pixel_step further for the next; weights as vectors [kernel_h]
+// [kernel_w][plane], vector_step apart for the next vector of output channels. In bytes.
 struct WindowWalk {
   int64_t kernel_w;
   int64_t planes;
@@ -29,72 +26,105 @@ struct WindowWalk {
   int64_t column_step;
   int64_t plane_step;
   int64_t pixel_step;
-  int64_t vector_step;  // weights of one vector of output channels
+  int64_t vector_step;
 };
 
-// sums[pixel][vector][lane] = start[vector][lane] + dot(window, weights) over `rows` rows of the
-// window, those that lie inside the input. kStep is the distance of two pixels, 0 if it is only
-// known at run time.
-template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
-inline void dot_tile(const WindowWalk& walk, int64_t rows, const void* input, const void* weights,
-                     const Vector* start, Vector* result) {
-  const Dword* row = static_cast<const Dword*>(input);
-  const Dword* weight = static_cast<const Dword*>(weights);
-  const int64_t step = kStep == 0 ? walk.pixel_step : kStep;
-  Vector sums[kPixels][kVectors];
-  for (int p = 0; p < kPixels; ++p) {
-    for (int v = 0; v < kVectors; ++v) sums[p][v] = start[v];
+// The part of a window that is multiplied.
+struct WindowPart {
+  int64_t rows;      // those inside the input
+  bool skips_left;   // the first kernel column of the first pixel
+  bool skips_right;  // the last kernel column of the last pixel
+};
+
+// Keeps a pointer in a register of its own.
+inline void pin(const uint8_t** pointer) {
+#if defined(__GNUC__)
+  asm("" : "+r"(*pointer));
+#endif
+}
+
+// Adds one kernel column for pixels [kFirst, kLast) of a tile.
+template <typename Dword, typename Vector, int kFirst, int kLast, int kPixels, int kVectors>
+inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk, const uint8_t* column,
+                                                      const uint8_t** weights,
+                                                      Vector (&sums)[kPixels * kVectors]) {
+  // An address takes a base and once or twice an index: one base serves three pixels.
+  constexpr int kBases = (kLast + 2) / 3;
+  const int64_t step = walk.pixel_step;
+  const uint8_t* bases[kBases];
+  unroll<kBases>([&](auto i) { bases[i] = column + 3 * i * step; });
+  const uint8_t* weight = *weights;
+  for (int64_t plane = 0; plane < walk.planes; ++plane) {
+    Vector w[kVectors];
+    unroll<kVectors>(
+        [&](auto v) { std::memcpy(&w[v], weight + v * walk.vector_step, sizeof(w[v])); });
+    unroll<kLast - kFirst>([&](auto i) {
+      constexpr int kPixel = kFirst + i;
+      const Vector value = splat_dword<Dword>(bases[kPixel / 3] + kPixel % 3 * step);
+      unroll<kVectors>([&](auto v) {
+        Vector& sum = sums[kPixel * kVectors + v];
+        sum = dot(sum, value, w[v]);
+      });
+    });
+    weight += sizeof(Vector);
+    unroll<kBases>([&](auto i) {
+      bases[i] += walk.plane_step;
+      pin(&bases[i]);
+    });
   }
-  for (int64_t kh = 0; kh < rows; ++kh) {
-    const Dword* column = row;
+  *weights = weight;
+}
+
+// result[pixel][vector][lane] = start[vector][lane] + dot(window, weights).
+template <typename Dword, typename Vector, int kPixels, int kVectors>
+inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
+                     const uint8_t* weights, const Vector* start, Vector* result) {
+  Vector sums[kPixels * kVectors];
+  unroll<kPixels * kVectors>([&](auto i) { sums[i] = start[i % kVectors]; });
+  for (int64_t kh = 0; kh < part.rows; ++kh) {
+    const uint8_t* column = input + kh * walk.row_step;
     for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
-      const Dword* x = column;
-      for (int64_t plane = 0; plane < walk.planes; ++plane) {
-        Vector w[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          std::memcpy(&w[v], weight + v * walk.vector_step, sizeof(Vector));
+      const auto columns = [&](auto begin, auto end) {
+        dot_column<Dword, Vector, begin, end, kPixels, kVectors>(walk, column, &weights, sums);
+      };
+      constexpr std::integral_constant<int, 0> kBegin;
+      constexpr std::integral_constant<int, kPixels> kEnd;
+      if constexpr (kPixels > 1) {
+        constexpr std::integral_constant<int, 1> kSecond;
+        constexpr std::integral_constant<int, kPixels - 1> kLast;
+        if (part.skips_left && kw == 0) {
+          columns(kSecond, kEnd);
+        } else if (part.skips_right && kw == walk.kernel_w - 1) {
+          columns(kBegin, kLast);
+        } else {
+          columns(kBegin, kEnd);
         }
-        for (int p = 0; p < kPixels; ++p) {
-          const Vector value = splat_dword(x + p * step);
-          for (int v = 0; v < kVectors; ++v) sums[p][v] = dot(sums[p][v], value, w[v]);
-        }
-        weight += kLanes;
-        x += walk.plane_step;
+      } else {
+        columns(kBegin, kEnd);
       }
       column += walk.column_step;
     }
-    row += walk.row_step;
   }
-  for (int p = 0; p < kPixels; ++p) {
-    for (int v = 0; v < kVectors; ++v) result[p * kVectors + v] = sums[p][v];
-  }
+  unroll<kPixels * kVectors>([&](auto i) { result[i] = sums[i]; });
 }
 
 template <typename Vector>
-using DotTile = void (*)(const WindowWalk&, int64_t, const void*, const void*, const Vector*,
-                         Vector*);
+using DotTile = void (*)(const WindowWalk&, const WindowPart&, const uint8_t*, const uint8_t*,
+                         const Vector*, Vector*);
 
-// The tiles of 1 to so many pixels.
-template <typename Vector>
-struct DotTiles {
-  const DotTile<Vector>* tiles;
-  int64_t max_pixels;
-};
-
-template <typename Dword, typename Vector, int kVectors, int kStep, int... kIndex>
-inline DotTiles<Vector> tiles_up_to(std::integer_sequence<int, kIndex...>) {
-  static constexpr DotTile<Vector> kTiles[] = {
-      dot_tile<Dword, Vector, kIndex + 1, kVectors, kStep>...};
-  return {kTiles, static_cast<int64_t>(sizeof...(kIndex))};
+template <typename Dword, typename Vector, int kVectors, int... kIndex>
+inline DotTile<Vector> tile_of(int64_t pixels, std::integer_sequence<int, kIndex...>) {
+  static constexpr DotTile<Vector> kTiles[] = {dot_tile<Dword, Vector, kIndex + 1, kVectors>...};
+  return kTiles[pixels - 1];
 }
 
-template <typename Dword, typename Vector, int kVectors>
-inline DotTiles<Vector> tiles_for_step(int64_t step) {
-  using Sizes = std::make_integer_sequence<int, kTilePixels[kVectors]>;
-  if (step == 1) return tiles_up_to<Dword, Vector, kVectors, 1>(Sizes{});
-  if (step == 2) return tiles_up_to<Dword, Vector, kVectors, 2>(Sizes{});
-  return tiles_up_to<Dword, Vector, kVectors, 0>(
-      std::make_integer_sequence<int, kStridedTilePixels>{});
+// The tile of 1 to kTilePixels[vectors] pixels and one or two vectors.
+template <typename Dword, typename Vector>
+inline DotTile<Vector> dot_tile_for(int64_t pixels, int64_t vectors) {
+  if (vectors == 1) {
+    return tile_of<Dword, Vector, 1>(pixels, std::make_integer_sequence<int, kTilePixels[1]>{});
+  }
+  return tile_of<Dword, Vector, 2>(pixels, std::make_integer_sequence<int, kTilePixels[2]>{});
 }
 
 // Calls fn(x, pixels) for tiles of nearly equal width that make up `width` pixels.

@@ -1,6 +1,6 @@
-// The input rows that some output rows need, as planes of dwords (see vectors.h): a dword holds
-// neighbouring channels of one pixel, so that a convolution multiplies it by a vector of weights
-// after one broadcast from memory, with no arithmetic on addresses.
+// The input rows that some output rows need, as dwords (see vectors.h): a dword holds neighbouring
+// channels of one pixel, so that a convolution multiplies it by a vector of weights after one
+// broadcast from memory. The dwords of a pixel lie together, or in planes where the input does.
 #pragma once
 
 #include <type_traits>
@@ -37,19 +37,27 @@ inline int64_t dword_planes(int64_t group_channels) {
   return ceil_div(group_channels, channels_per_dword<Dword>());
 }
 
-template <typename Dword>
+// Where the dwords are: steps in bytes.
 struct DwordBand {
-  Dword* data = nullptr;  // (rows, groups, planes, band_width)
-  int64_t planes = 0;
-  int64_t row_step = 0;
-  int64_t first_row = 0;  // the input row that comes first
+  const uint8_t* data;  // of the first row, column and plane
+  int64_t row_step;
+  int64_t group_step;
+  int64_t plane_step;
+  int64_t pixel_step;
+  int64_t first_row;  // the input row that comes first
 
-  const Dword* row(int64_t y) const { return data + (y - first_row) * row_step; }
+  const uint8_t* row(int64_t y) const { return data + (y - first_row) * row_step; }
 };
 
+// Bytes of one row.
 template <typename Dword>
-inline int64_t dword_row_step(const WindowShape& shape) {
-  return shape.geometry.groups * dword_planes<Dword>(shape.group_channels) * shape.band_width;
+inline int64_t dword_row_bytes(const WindowShape& shape) {
+  return shape.geometry.groups * dword_planes<Dword>(shape.group_channels) * shape.band_width * 4;
+}
+
+// Whether a float input's rows lie in planes.
+inline bool is_planar(const SampleView& input) {
+  return input.values != nullptr && input.stride_w == 1 && input.stride_c != 1;
 }
 
 // Memory for reading one row.
@@ -121,18 +129,21 @@ inline const uint8_t* read_codes(const RowSource& source, int64_t y, int64_t pix
   return source.scratch.codes;
 }
 
-// Pixels of interleaved channels, four bytes of them to a dword.
-inline void planes_from_pixels(const void* pixels, int64_t count, int64_t pixel_bytes,
-                               int64_t channel_bytes, int64_t plane_step, uint32_t* planes) {
-  const uint8_t* src = static_cast<const uint8_t*>(pixels);
-  const int64_t whole = channel_bytes / 4;
-  transpose(src, pixel_bytes, count, whole, planes, plane_step * 4);
-  if (whole * 4 == channel_bytes) return;
-  const size_t rest = static_cast<size_t>(channel_bytes - whole * 4);
-  for (int64_t x = 0; x < count; ++x) {
-    uint32_t dword = 0;
-    std::memcpy(&dword, src + x * pixel_bytes + whole * 4, rest);
-    planes[whole * plane_step + x] = dword;
+// Pixels of interleaved channels, `part_bytes` each, to pixels whose groups begin at a dword. What
+// fills up a group's last dword is multiplied by zeros.
+inline void align_groups(const uint8_t* src, int64_t pixels, int64_t groups, int64_t channels,
+                         int64_t part_bytes, uint8_t* dst) {
+  const int64_t bytes = channels * part_bytes;
+  const int64_t step = round_up(bytes, 4);
+  if (bytes == step) {
+    std::memcpy(dst, src, static_cast<size_t>(pixels * groups * bytes));
+    return;
+  }
+  for (int64_t i = 0; i < pixels * groups; ++i) {
+    for (int64_t k = 0; k < bytes; ++k) dst[k] = src[k];
+    for (int64_t k = bytes; k < step; ++k) dst[k] = 0;
+    src += bytes;
+    dst += step;
   }
 }
 
@@ -170,93 +181,114 @@ inline void quantize_plane(const float* values, int64_t channel_step, int64_t ch
   }
 }
 
-// Row y of the input into `dst`, (groups, planes, band_width), from column `left` on.
+// Row y of the input into `dst`, from column `left` on, in the band's layout.
 inline void load_dwords(const WindowShape& shape, const RowSource& source, int64_t y, int64_t left,
                         uint32_t* dst) {
   const SampleView& input = source.input;
   const int64_t pixels = shape.used_width;
   const int64_t channels = shape.group_channels;
+  const int64_t groups = shape.geometry.groups;
   const int64_t planes = dword_planes<uint32_t>(channels);
-  const int64_t plane_step = shape.band_width;
-  const bool planar = input.values != nullptr && input.stride_w == 1;
-  if (planar) {
-    for (int64_t group = 0; group < shape.geometry.groups; ++group) {
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        const int64_t first = plane * kCodesPerDword;
-        const float* src =
-            input.values + y * input.stride_h + (group * channels + first) * input.stride_c;
-        quantize_plane(src, input.stride_c, min_of(channels - first, kCodesPerDword), pixels,
-                       source.range, dst + (group * planes + plane) * plane_step + left);
-      }
+  if (is_planar(input)) {
+    for (int64_t i = 0; i < groups * planes; ++i) {
+      const int64_t first = i % planes * kCodesPerDword;
+      const float* src =
+          input.values + y * input.stride_h + (i / planes * channels + first) * input.stride_c;
+      quantize_plane(src, input.stride_c, min_of(channels - first, kCodesPerDword), pixels,
+                     source.range, dst + i * shape.band_width + left);
     }
     return;
   }
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(dst + left * groups * planes);
   const uint8_t* codes = read_codes(source, y, pixels);
-  const int64_t all_channels = input.channels;
-  const DwordPart* parts;
   if constexpr (kSubtractsZeroPoint) {
-    levels_from_codes(codes, pixels * all_channels, source.range.zero_point, source.scratch.levels);
-    parts = reinterpret_cast<const DwordPart*>(source.scratch.levels);
-  } else {
-    parts = reinterpret_cast<const DwordPart*>(codes);
+    levels_from_codes(codes, pixels * input.channels, source.range.zero_point,
+                      source.scratch.levels);
+    codes = reinterpret_cast<const uint8_t*>(source.scratch.levels);
   }
-  constexpr int64_t kPartBytes = sizeof(DwordPart);
-  for (int64_t group = 0; group < shape.geometry.groups; ++group) {
-    planes_from_pixels(parts + group * channels, pixels, all_channels * kPartBytes,
-                       channels * kPartBytes, plane_step, dst + group * planes * plane_step + left);
-  }
+  align_groups(codes, pixels, groups, channels, sizeof(DwordPart), bytes);
 }
 
 inline void load_dwords(const WindowShape& shape, const RowSource& source, int64_t y, int64_t left,
                         float* dst) {
   const SampleView& input = source.input;
   const int64_t pixels = shape.used_width;
-  const int64_t plane_step = shape.band_width;
-  constexpr int64_t kBytes = sizeof(float);
-  // Groups follow each other like the channels do, since a plane has one channel.
-  if (input.values != nullptr && input.stride_w == 1) {
+  if (is_planar(input)) {
     for (int64_t c = 0; c < input.channels; ++c) {
-      std::memcpy(dst + c * plane_step + left,
+      std::memcpy(dst + c * shape.band_width + left,
                   input.values + y * input.stride_h + c * input.stride_c,
                   static_cast<size_t>(pixels) * sizeof(float));
     }
-  } else if (input.values != nullptr && input.stride_c == 1) {
-    transpose(input.values + y * input.stride_h, input.stride_w * kBytes, pixels, input.channels,
-              dst + left, plane_step * kBytes);
-  } else if (input.values == nullptr && input.bits == 32) {
-    transpose(pixel_codes(input, y, 0), input.pixel_bytes, pixels, input.channels, dst + left,
-              plane_step * kBytes);
-  } else {
-    read_pixels(input, y, 0, pixels, source.scratch.codes, source.scratch.values);
-    transpose(source.scratch.values, input.channels * kBytes, pixels, input.channels, dst + left,
-              plane_step * kBytes);
+    return;
   }
+  read_pixels(input, y, 0, pixels, source.scratch.codes, dst + left * input.channels);
 }
 
-// Writes whole vectors: up to kLanes dwords more, which are filled afterwards or not needed.
+// Whether the windows can be read where the input is stored.
+template <typename Dword>
+inline bool reads_in_place(const WindowShape& shape, const RowSource& source) {
+  const ConvGeometry& g = shape.geometry;
+  if (g.pad_left + g.pad_right + g.pad_top + g.pad_bottom > 0) return false;
+  const SampleView& input = source.input;
+  if (std::is_same<Dword, float>::value) {
+    return is_planar(input) || (input.values != nullptr && input.stride_c == 1) ||
+           (input.values == nullptr && input.bits == 32);
+  }
+  return !kSubtractsZeroPoint && source.as_stored && input.bits == 8 &&
+         shape.group_channels % kCodesPerDword == 0;
+}
+
+template <typename Dword>
+inline DwordBand stored_band(const WindowShape& shape, const SampleView& input) {
+  constexpr int64_t kFloatBytes = sizeof(float);
+  DwordBand band;
+  band.first_row = 0;
+  band.plane_step = 4;
+  if (input.values == nullptr) {
+    band.data = input.row;
+    band.pixel_step = input.pixel_bytes;
+    band.row_step = input.width * input.pixel_bytes;
+  } else {
+    band.data = reinterpret_cast<const uint8_t*>(input.values);
+    band.pixel_step = input.stride_w * kFloatBytes;
+    band.row_step = input.stride_h * kFloatBytes;
+    band.plane_step = input.stride_c * kFloatBytes;
+  }
+  band.group_step = dword_planes<Dword>(shape.group_channels) * band.plane_step;
+  return band;
+}
+
+// Writes whole vectors: up to 16 bytes more, which are filled afterwards or not needed.
 template <typename Dword>
 inline void pad_dwords(Dword* dst, int64_t count, Dword padding) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    if constexpr (std::is_same<Dword, float>::value) {
-      store(dst + i, splat(padding));
-    } else {
-      store(dst + i, splat(static_cast<int32_t>(padding)));
-    }
+  uint32_t bits;
+  std::memcpy(&bits, &padding, sizeof(bits));
+  const __m128i value = _mm_set1_epi32(static_cast<int>(bits));
+  for (int64_t i = 0; i < count; i += 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), value);
   }
 }
 
-// Fills the band with the input rows that output rows [row_begin, row_end) read. Rows outside the
-// input are left out, columns outside it hold what counts as zero.
+// The band of the input rows that output rows [row_begin, row_end) read. Rows outside the input are
+// left out, columns outside it hold what counts as zero. `memory` has room for the band and a
+// vector more.
 template <typename Dword>
-inline void load_dword_band(const WindowShape& shape, const RowSource& source, int64_t row_begin,
-                            int64_t row_end, Dword* memory, DwordBand<Dword>* band) {
+inline DwordBand load_dword_band(const WindowShape& shape, const RowSource& source,
+                                 int64_t row_begin, int64_t row_end, Dword* memory) {
+  if (reads_in_place<Dword>(shape, source)) return stored_band<Dword>(shape, source.input);
   const ConvGeometry& g = shape.geometry;
   const int64_t first = row_begin * g.stride_h - g.pad_top;
   const int64_t end = (row_end - 1) * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
-  band->data = memory;
-  band->planes = dword_planes<Dword>(shape.group_channels);
-  band->row_step = dword_row_step<Dword>(shape);
-  band->first_row = max_of(first, 0);
+  const int64_t planes = dword_planes<Dword>(shape.group_channels);
+  const int64_t all_planes = g.groups * planes;
+  const bool planar = is_planar(source.input);
+  DwordBand band;
+  band.data = reinterpret_cast<const uint8_t*>(memory);
+  band.row_step = dword_row_bytes<Dword>(shape);
+  band.plane_step = planar ? shape.band_width * 4 : 4;
+  band.pixel_step = planar ? 4 : all_planes * 4;
+  band.group_step = planes * band.plane_step;
+  band.first_row = max_of(first, 0);
   const int64_t left = min_of(g.pad_left, shape.band_width);
   const int64_t right = left + shape.used_width;
   Dword padding{};
@@ -265,16 +297,20 @@ inline void load_dword_band(const WindowShape& shape, const RowSource& source, i
       padding = static_cast<uint32_t>(source.range.zero_point) * 0x01010101u;
     }
   }
-  for (int64_t y = band->first_row; y < min_of(end, shape.in_height); ++y) {
+  // A row is one plane of pixels, or so many planes of dwords.
+  const int64_t runs = planar ? all_planes : 1;
+  const int64_t scale = planar ? 1 : all_planes;
+  for (int64_t y = band.first_row; y < min_of(end, shape.in_height); ++y) {
     if (!row_is_used(g, y - first)) continue;
-    Dword* row = memory + (y - band->first_row) * band->row_step;
-    for (int64_t i = 0; i < g.groups * band->planes; ++i) {
-      Dword* plane = row + i * shape.band_width;
-      pad_dwords(plane, left, padding);
-      pad_dwords(plane + right, shape.band_width - right, padding);
+    Dword* row = memory + (y - band.first_row) * (band.row_step / 4);
+    for (int64_t i = 0; i < runs; ++i) {
+      Dword* run = row + i * shape.band_width * scale;
+      pad_dwords(run, left * scale, padding);
+      pad_dwords(run + right * scale, (shape.band_width - right) * scale, padding);
     }
     if (shape.used_width > 0) load_dwords(shape, source, y, left, row);
   }
+  return band;
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ struct TableCodesScratch {
   uint8_t* pixels;   // 2-bit pixels of all rows
   uint8_t* halves;   // while they are taken apart
   uint8_t* planes;   // (bytes_per_pixel, input_plane_step)
-  uint8_t* columns;  // (bytes_per_pixel, kernel_w, raster), unless the columns are aligned
+  uint8_t* columns;  // (kernel_w, bytes_per_pixel, raster), unless the columns are aligned
   uint64_t* inside;  // (kernel_w, blocks of 64), if they are: which pixels lie inside the image
   uint8_t* codes;    // (triples, plane_step)
 };
@@ -162,54 +162,69 @@ struct ColumnPlane {
   }
 };
 
-// Output columns [x, x + 64) of a row: every stride-th byte of src, from src + x * stride on. Only
-// [x + begin, x + end) are sure to be wanted.
-inline __m512i gather_bytes(const uint8_t* src, int64_t x, int64_t begin, int64_t end,
-                            int64_t stride, __m512i every_second) {
-  if (stride == 1) return _mm512_loadu_si512(src + x);
-  if (stride == 2) {
+// Output columns [x, x + 64) of a row: every kStride-th byte of src, from src + x * kStride on, for
+// strides 1 and 2. For others (0) bytes one by one, those with a bit in `wanted`.
+template <int kStride>
+inline __m512i gather_bytes(const uint8_t* src, int64_t x, int64_t stride, uint64_t wanted,
+                            __m512i every_second) {
+  if constexpr (kStride == 1) return _mm512_loadu_si512(src + x);
+  if constexpr (kStride == 2) {
     const __m512i low = _mm512_loadu_si512(src + 2 * x);
     return _mm512_permutex2var_epi8(low, every_second,
                                     _mm512_loadu_si512(src + 2 * x + kTableLanes));
   }
   alignas(64) uint8_t bytes[kTableLanes] = {};
-  for (int64_t i = begin; i < end; ++i) bytes[i] = src[(x + i) * stride];
+  for (int64_t i = 0; i < kTableLanes; ++i) {
+    if (wanted >> i & 1) bytes[i] = src[(x + i) * stride];
+  }
   return _mm512_load_si512(bytes);
 }
 
-// Fills the column planes where output columns are not simply shifted input columns. Rows are
-// written in the order of their addresses, since vectors reach past their ends.
-inline void gather_columns(const TableShape& shape, const uint8_t* planes, __m512i outside,
-                           uint8_t* columns) {
+// The columns of one kernel column of one byte, all rows. Rows are written in the order of their
+// addresses, since vectors reach past their ends.
+template <int kStride>
+inline void gather_column(const TableShape& shape, const uint8_t* plane, const uint64_t* inside,
+                          __m512i outside, uint8_t* column) {
   const ConvGeometry& g = shape.window.geometry;
   const int64_t out_width = shape.window.out_width;
   const int64_t in_width = shape.window.in_width;
   alignas(64) uint8_t order[kTableLanes];
   for (int i = 0; i < kTableLanes; ++i) order[i] = static_cast<uint8_t>(2 * i);
   const __m512i every_second = _mm512_load_si512(order);
-  for (int64_t j = 0; j < shape.bytes_per_pixel; ++j) {
-    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-      const int64_t shift = kw * g.dilation_w - g.pad_left;
-      // Columns x with 0 <= x * stride_w + shift < in_width.
-      const int64_t low = ceil_div(max_of(-shift, 0), g.stride_w);
-      const int64_t high = ceil_div(max_of(in_width - shift, 0), g.stride_w);
-      const uint8_t* plane = planes + j * shape.input_plane_step + shift;
-      uint8_t* column = columns + (j * g.kernel_w + kw) * shape.plane_step;
-      for (int64_t phase = 0; phase < g.stride_h; ++phase) {
-        for (int64_t i = 0; i < shape.phase_rows; ++i) {
-          const int64_t row = i * g.stride_h + phase;
-          if (row >= shape.in_rows) break;
-          uint8_t* dst = column + (phase * shape.phase_rows + i) * out_width;
-          for (int64_t x = 0; x < out_width; x += kTableLanes) {
-            const int64_t first = min_of(max_of(low - x, 0), kTableLanes);
-            const int64_t last = min_of(max_of(high - x, first), kTableLanes);
-            const __m512i inner =
-                gather_bytes(plane + row * in_width, x, first, last, g.stride_w, every_second);
-            _mm512_storeu_si512(dst + x,
-                                _mm512_mask_mov_epi8(outside, bit_range(first, last), inner));
-          }
-        }
+  for (int64_t phase = 0; phase < g.stride_h; ++phase) {
+    uint8_t* dst = column + phase * shape.phase_rows * out_width;
+    for (int64_t row = phase; row < shape.in_rows; row += g.stride_h) {
+      const uint8_t* src = plane + row * in_width;
+      for (int64_t x = 0; x < out_width; x += kTableLanes) {
+        const uint64_t wanted = inside[x / kTableLanes];
+        const __m512i inner = gather_bytes<kStride>(src, x, g.stride_w, wanted, every_second);
+        _mm512_storeu_si512(dst + x, _mm512_mask_mov_epi8(outside, wanted, inner));
       }
+      dst += out_width;
+    }
+  }
+}
+
+// Fills the column planes where output columns are not simply shifted input columns, in the order
+// of their addresses too.
+inline void gather_columns(const TableShape& shape, const uint8_t* planes, __m512i outside,
+                           uint64_t* inside, uint8_t* columns) {
+  const ConvGeometry& g = shape.window.geometry;
+  for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+    const int64_t shift = kw * g.dilation_w - g.pad_left;
+    // Columns x with 0 <= x * stride_w + shift < in_width.
+    const int64_t low = ceil_div(max_of(-shift, 0), g.stride_w);
+    const int64_t high = ceil_div(max_of(shape.window.in_width - shift, 0), g.stride_w);
+    for (int64_t x = 0; x < shape.window.out_width; x += kTableLanes) {
+      inside[x / kTableLanes] = bit_range(min_of(max_of(low - x, 0), kTableLanes),
+                                          min_of(max_of(high - x, 0), kTableLanes));
+    }
+    const auto gather = g.stride_w == 1   ? gather_column<1>
+                        : g.stride_w == 2 ? gather_column<2>
+                                          : gather_column<0>;
+    for (int64_t j = 0; j < shape.bytes_per_pixel; ++j) {
+      gather(shape, planes + j * shape.input_plane_step + shift, inside, outside,
+             columns + (kw * shape.bytes_per_pixel + j) * shape.plane_step);
     }
   }
 }
@@ -321,11 +336,11 @@ inline void load_table_codes(const TableShape& shape, const RowSource& source, i
       }
     }
   } else {
-    gather_columns(shape, planes, outside_bytes, scratch.columns);
+    gather_columns(shape, planes, outside_bytes, scratch.inside, scratch.columns);
   }
   const auto plane_of = [&](int64_t j, int64_t kw) -> ColumnPlane {
     if (!shape.aligned_columns) {
-      return {scratch.columns + (j * g.kernel_w + kw) * shape.plane_step, nullptr};
+      return {scratch.columns + (kw * shape.bytes_per_pixel + j) * shape.plane_step, nullptr};
     }
     return {planes + j * shape.input_plane_step + kw * g.dilation_w - g.pad_left,
             scratch.inside + kw * blocks};

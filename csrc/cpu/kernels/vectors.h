@@ -75,8 +75,6 @@ inline Ints load_bytes(const uint8_t* src) {
 }
 inline __m128i to_bytes(Ints value) { return _mm512_cvtepi32_epi8(value); }
 
-inline Ints splat_dword(const uint32_t* src) { return _mm512_set1_epi32(static_cast<int>(*src)); }
-
 // Adds, lane by lane, the products of four unsigned codes and four signed weights.
 inline Ints dot(Ints sums, Ints codes, Ints weights) {
   return _mm512_dpbusd_epi32(sums, codes, weights);
@@ -151,8 +149,6 @@ inline __m128i to_bytes(Ints value) {
   return _mm_packus_epi16(words, words);
 }
 
-inline Ints splat_dword(const uint32_t* src) { return _mm256_set1_epi32(static_cast<int>(*src)); }
-
 // Adds, lane by lane, the products of two levels and two weights. (vpmaddubsw would take bytes, but
 // it saturates: 255 * -128 twice.)
 inline Ints dot(Ints sums, Ints levels, Ints weights) {
@@ -163,7 +159,13 @@ inline Ints dot(Ints sums, Ints levels, Ints weights) {
 #error "no vectors for this instruction set"
 #endif
 
-inline Floats splat_dword(const float* src) { return splat(*src); }
+// The dword at any address in all lanes.
+template <typename Dword>
+inline auto splat_dword(const uint8_t* src) {
+  std::conditional_t<std::is_same<Dword, float>::value, float, int32_t> value;
+  std::memcpy(&value, src, sizeof(value));
+  return splat(value);
+}
 inline Floats dot(Floats sums, Floats values, Floats weights) {
   return multiply_add(values, weights, sums);
 }
