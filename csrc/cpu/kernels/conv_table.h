@@ -6,6 +6,7 @@
 #include "conv_direct.h"
 #include "isa.h"
 #include "kernel_table.h"
+#include "prefetch.h"
 #include "table_codes.h"
 #include "table_epilogue.h"
 #include "vector_epilogue.h"
@@ -429,6 +430,7 @@ inline void conv_table(const ConvTask& task, void* memory) {
   multiply.zero_point = source.range.zero_point;
   multiply.centred = args.weight.centred[index_of(args.weight.widths, task.bits)];
 
+  const NextSample next(task);
   for (int64_t begin = task.row_begin; begin < task.row_end; begin += most_rows) {
     const int64_t rows = min_of(most_rows, task.row_end - begin);
     const TableShape shape = table_shape(window, rows);
@@ -445,6 +447,8 @@ inline void conv_table(const ConvTask& task, void* memory) {
     for (int64_t first = 0; first < pixels; first += kTablePixels) {
       const int64_t count = min_of(pixels - first, kTablePixels);
       const int64_t position = begin * window.out_width + first;
+      next.fetch(position / kTablePixels,
+                 ceil_div(args.output.height * window.out_width, kTablePixels));
       if (as_planes) {
         multiply.correct_planes(first, count);
         if (epilogue.residual_form != ResidualForm::kNone) {

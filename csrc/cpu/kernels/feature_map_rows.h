@@ -56,6 +56,10 @@ inline const uint8_t* pixel_codes(const SampleView& view, int64_t y, int64_t x) 
 inline void transpose_in(const float* src, int64_t stride_c, int64_t stride_w, int64_t channels,
                          int64_t pixels, float* dst) {
   if (stride_c == 1) {
+    if (stride_w == channels) {
+      std::memcpy(dst, src, static_cast<size_t>(pixels * channels) * sizeof(float));
+      return;
+    }
     for (int64_t x = 0; x < pixels; ++x) {
       std::memcpy(dst + x * channels, src + x * stride_w,
                   static_cast<size_t>(channels) * sizeof(float));
