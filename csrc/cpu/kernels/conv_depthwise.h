@@ -197,7 +197,7 @@ inline void conv_depthwise_as(const ConvTask& task, void* memory) {
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task)
                : scaling_epilogue(task, scratch.block, args.geometry.out_channels);
-  const Epilogue block_epilogue = conv_epilogue(task, scratch.block_values, scratch.block_codes);
+  const Epilogue rest = block_epilogue(task, scratch.block_values, scratch.block_codes);
   const int64_t block_pixels = depthwise_block_pixels(shape);
   const int64_t band_rows = rows_per_band(shape, args.output.height, sizeof(T));
   for (int64_t begin = task.row_begin; begin < task.row_end; begin += band_rows) {
@@ -211,7 +211,7 @@ inline void conv_depthwise_as(const ConvTask& task, void* memory) {
       for (int64_t x = 0; x < shape.out_width; x += block_pixels) {
         const int64_t x_end = min_of(x + block_pixels, shape.out_width);
         depthwise_run(shape, task.tile, scratch, y - begin, x, x_end, epilogue, 0, 0);
-        finish_run(block_epilogue, y, x, x_end - x, scratch.block);
+        finish_run(rest, y, x, x_end - x, scratch.block);
       }
     }
   }

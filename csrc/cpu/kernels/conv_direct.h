@@ -169,8 +169,7 @@ inline DirectScratch<Dword, Vector> direct_scratch(const WindowShape& shape, int
   DirectScratch<Dword, Vector> scratch;
   scratch.row = row_scratch(shape, &arena);
   const int64_t rows = direct_band_rows<Dword>(shape, out_height);
-  scratch.band =
-      arena.take<Dword>(band_height(shape, rows) * (dword_row_bytes<Dword>(shape) / 4) + kLanes);
+  scratch.band = arena.take<Dword>(band_height(shape, rows) * (dword_row_bytes<Dword>(shape) / 4));
   scratch.sums = arena.take<Vector>(2 * kTilePixels[1]);
   const int64_t outputs =
       direct_block_pixels(shape.geometry, shape.out_width) * shape.geometry.out_channels;
@@ -318,7 +317,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
-  const Epilogue block_epilogue = conv_epilogue(task, scratch.block_values, scratch.block_codes);
+  const Epilogue rest = block_epilogue(task, scratch.block_values, scratch.block_codes);
   const NextSample next(task);
   const int64_t block_pixels = direct_block_pixels(g, shape.out_width);
   const int64_t band_rows = direct_band_rows<Dword>(shape, args.output.height);
@@ -342,7 +341,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
                              [&](int64_t group, int64_t vector, int64_t vectors) {
                                multiply.run(y, x, x_end, group, vector, vectors, epilogue, 0, 0);
                              });
-        finish_run(block_epilogue, y, x, x_end - x, scratch.block);
+        finish_run(rest, y, x, x_end - x, scratch.block);
       }
     }
   }

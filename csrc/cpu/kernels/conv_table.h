@@ -417,7 +417,7 @@ inline void conv_table(const ConvTask& task, void* memory) {
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
-  const Epilogue block_epilogue = conv_epilogue(task, scratch.block_values, scratch.block_codes);
+  const Epilogue rest = block_epilogue(task, scratch.block_values, scratch.block_codes);
 
   TableMultiply multiply;
   multiply.task = &task;
@@ -490,7 +490,7 @@ inline void conv_table(const ConvTask& task, void* memory) {
       for_each_run(first, count, window.out_width,
                    [&](int64_t y, int64_t x, int64_t run, int64_t offset) {
                      for (int64_t i = 0; i < run; i += kFinishPixels) {
-                       finish_run(block_epilogue, begin + y, x + i, min_of(run - i, kFinishPixels),
+                       finish_run(rest, begin + y, x + i, min_of(run - i, kFinishPixels),
                                   scratch.block + (offset + i) * g.out_channels);
                      }
                    });

@@ -181,47 +181,41 @@ inline void quantize_plane(const float* values, int64_t channel_step, int64_t ch
   }
 }
 
-// Row y of the input into `dst`, from column `left` on, in the band's layout.
-inline void load_dwords(const WindowShape& shape, const RowSource& source, int64_t y, int64_t left,
-                        uint32_t* dst) {
+// Row y of one plane of a planar input.
+inline void load_plane_row(const WindowShape& shape, const RowSource& source, int64_t plane,
+                           int64_t y, uint32_t* dst) {
   const SampleView& input = source.input;
-  const int64_t pixels = shape.used_width;
   const int64_t channels = shape.group_channels;
-  const int64_t groups = shape.geometry.groups;
   const int64_t planes = dword_planes<uint32_t>(channels);
-  if (is_planar(input)) {
-    for (int64_t i = 0; i < groups * planes; ++i) {
-      const int64_t first = i % planes * kCodesPerDword;
-      const float* src =
-          input.values + y * input.stride_h + (i / planes * channels + first) * input.stride_c;
-      quantize_plane(src, input.stride_c, min_of(channels - first, kCodesPerDword), pixels,
-                     source.range, dst + i * shape.band_width + left);
-    }
-    return;
-  }
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(dst + left * groups * planes);
+  const int64_t first = plane % planes * kCodesPerDword;
+  const float* src =
+      input.values + y * input.stride_h + (plane / planes * channels + first) * input.stride_c;
+  quantize_plane(src, input.stride_c, min_of(channels - first, kCodesPerDword), shape.used_width,
+                 source.range, dst);
+}
+
+inline void load_plane_row(const WindowShape& shape, const RowSource& source, int64_t plane,
+                           int64_t y, float* dst) {
+  const SampleView& input = source.input;
+  std::memcpy(dst, input.values + y * input.stride_h + plane * input.stride_c,
+              static_cast<size_t>(shape.used_width) * sizeof(float));
+}
+
+// Row y of an input whose channels are brought together.
+inline void load_row(const WindowShape& shape, const RowSource& source, int64_t y, uint32_t* dst) {
+  const int64_t pixels = shape.used_width;
   const uint8_t* codes = read_codes(source, y, pixels);
   if constexpr (kSubtractsZeroPoint) {
-    levels_from_codes(codes, pixels * input.channels, source.range.zero_point,
+    levels_from_codes(codes, pixels * source.input.channels, source.range.zero_point,
                       source.scratch.levels);
     codes = reinterpret_cast<const uint8_t*>(source.scratch.levels);
   }
-  align_groups(codes, pixels, groups, channels, sizeof(DwordPart), bytes);
+  align_groups(codes, pixels, shape.geometry.groups, shape.group_channels, sizeof(DwordPart),
+               reinterpret_cast<uint8_t*>(dst));
 }
 
-inline void load_dwords(const WindowShape& shape, const RowSource& source, int64_t y, int64_t left,
-                        float* dst) {
-  const SampleView& input = source.input;
-  const int64_t pixels = shape.used_width;
-  if (is_planar(input)) {
-    for (int64_t c = 0; c < input.channels; ++c) {
-      std::memcpy(dst + c * shape.band_width + left,
-                  input.values + y * input.stride_h + c * input.stride_c,
-                  static_cast<size_t>(pixels) * sizeof(float));
-    }
-    return;
-  }
-  read_pixels(input, y, 0, pixels, source.scratch.codes, dst + left * input.channels);
+inline void load_row(const WindowShape& shape, const RowSource& source, int64_t y, float* dst) {
+  read_pixels(source.input, y, 0, shape.used_width, source.scratch.codes, dst);
 }
 
 // Whether the windows can be read where the input is stored.
@@ -258,20 +252,18 @@ inline DwordBand stored_band(const WindowShape& shape, const SampleView& input) 
   return band;
 }
 
-// Writes whole vectors: up to 16 bytes more, which are filled afterwards or not needed.
 template <typename Dword>
 inline void pad_dwords(Dword* dst, int64_t count, Dword padding) {
   uint32_t bits;
   std::memcpy(&bits, &padding, sizeof(bits));
   const __m128i value = _mm_set1_epi32(static_cast<int>(bits));
-  for (int64_t i = 0; i < count; i += 4) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), value);
-  }
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), value);
+  for (; i < count; ++i) std::memcpy(dst + i, &bits, sizeof(bits));
 }
 
 // The band of the input rows that output rows [row_begin, row_end) read. Rows outside the input are
-// left out, columns outside it hold what counts as zero. `memory` has room for the band and a
-// vector more.
+// left out, columns outside it hold what counts as zero.
 template <typename Dword>
 inline DwordBand load_dword_band(const WindowShape& shape, const RowSource& source,
                                  int64_t row_begin, int64_t row_end, Dword* memory) {
@@ -297,18 +289,24 @@ inline DwordBand load_dword_band(const WindowShape& shape, const RowSource& sour
       padding = static_cast<uint32_t>(source.range.zero_point) * 0x01010101u;
     }
   }
-  // A row is one plane of pixels, or so many planes of dwords.
+  // A row is one run of pixels, or so many runs of one plane.
   const int64_t runs = planar ? all_planes : 1;
   const int64_t scale = planar ? 1 : all_planes;
   for (int64_t y = band.first_row; y < min_of(end, shape.in_height); ++y) {
     if (!row_is_used(g, y - first)) continue;
-    Dword* row = memory + (y - band.first_row) * (band.row_step / 4);
-    for (int64_t i = 0; i < runs; ++i) {
-      Dword* run = row + i * shape.band_width * scale;
-      pad_dwords(run, left * scale, padding);
-      pad_dwords(run + right * scale, (shape.band_width - right) * scale, padding);
+    for (int64_t run = 0; run < runs; ++run) {
+      Dword* dst =
+          memory + (y - band.first_row) * (band.row_step / 4) + run * shape.band_width * scale;
+      pad_dwords(dst, left * scale, padding);
+      if (shape.used_width > 0) {
+        if (planar) {
+          load_plane_row(shape, source, run, y, dst + left);
+        } else {
+          load_row(shape, source, y, dst + left * scale);
+        }
+      }
+      pad_dwords(dst + right * scale, (shape.band_width - right) * scale, padding);
     }
-    if (shape.used_width > 0) load_dwords(shape, source, y, left, row);
   }
   return band;
 }

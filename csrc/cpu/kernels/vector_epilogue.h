@@ -2,6 +2,7 @@
 // ReLU, store, for the forms whose channels lie side by side in memory.
 #pragma once
 
+#include "conv_rows.h"
 #include "feature_map_rows.h"
 #include "isa.h"
 #include "kernel_table.h"
@@ -78,13 +79,20 @@ inline VectorEpilogue vector_epilogue(const ConvTask& task) {
   return epilogue;
 }
 
-// y of a block of pixels, before residual and ReLU, into float memory.
+// y of a block of pixels, before a residual, into float memory; block_epilogue does the rest.
 inline VectorEpilogue scaling_epilogue(const ConvTask& task, float* block, int64_t channels) {
   VectorEpilogue epilogue;
+  epilogue.relu = task.args->relu && !task.args->has_residual;
   epilogue.multiplier = task.multiplier;
   epilogue.offset = task.offset;
   epilogue.output.base = reinterpret_cast<uint8_t*>(block);
   epilogue.output.pixel_step = channels * static_cast<int64_t>(sizeof(float));
+  return epilogue;
+}
+
+inline Epilogue block_epilogue(const ConvTask& task, float* values, uint8_t* codes) {
+  Epilogue epilogue = conv_epilogue(task, values, codes);
+  epilogue.relu = epilogue.relu && epilogue.has_residual;
   return epilogue;
 }
 
