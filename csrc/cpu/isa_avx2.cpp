@@ -2,6 +2,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/peak.h"
 
 namespace dfs {
 
@@ -25,6 +26,8 @@ const KernelTable kAvx2Kernels = {
     avx2::backward_input,
     avx2::backward_filter_scratch_bytes,
     avx2::backward_filter,
+    avx2::multiply_floats,
+    avx2::multiply_codes,
 };
 
 }  // namespace dfs

@@ -2,6 +2,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/peak.h"
 
 namespace dfs {
 
@@ -25,6 +26,8 @@ const KernelTable kAvx512VnniKernels = {
     avx512_vnni::backward_input,
     avx512_vnni::backward_filter_scratch_bytes,
     avx512_vnni::backward_filter,
+    avx512_vnni::multiply_floats,
+    avx512_vnni::multiply_codes,
 };
 
 }  // namespace dfs

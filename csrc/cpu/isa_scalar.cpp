@@ -24,6 +24,8 @@ const KernelTable kScalarKernels = {
     scalar::backward_input,
     scalar::backward_filter_scratch_bytes,
     scalar::backward_filter,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace dfs

@@ -70,6 +70,11 @@ struct KernelTable {
   // Gradients of weight, weight scale, mul and add for output channels [begin, end) of one group.
   void (*backward_filter)(const MixedConv2dBackwardArgs& args, int64_t channel_begin,
                           int64_t channel_end, void* scratch);
+
+  // Loops that do nothing but multiply and add in registers, on float32 and on codes; they return
+  // the number of multiplications. Null where there are no vectors to measure.
+  int64_t (*multiply_floats)(int64_t rounds);
+  int64_t (*multiply_codes)(int64_t rounds);
 };
 
 extern const KernelTable kScalarKernels;

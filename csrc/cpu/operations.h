@@ -34,6 +34,14 @@ size_t tile_bytes(const ConvGeometry& geometry, int32_t bits);
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,
                    void* tile, int threads);
 
+// Multiplications a second of one thread at best, on float32 and on 8-bit codes (16-bit ones where
+// these are what is multiplied); 0 for the scalar kernels. Takes some milliseconds.
+struct PeakRates {
+  double fma = 0.0;
+  double int8 = 0.0;
+};
+PeakRates peak_rates();
+
 void mixed_conv2d(const MixedConv2dArgs& args, int threads);
 void mixed_conv2d_backward(const MixedConv2dBackwardArgs& args, int threads);
 

@@ -366,6 +366,14 @@ void bind_operations(py::module_& module) {
       },
       "weight"_a, "out_channels"_a, "kernel_h"_a, "kernel_w"_a, "group_channels"_a, "scale"_a,
       "bits"_a, "centred"_a, "out"_a, "threads"_a, Unlocked());
+  module.def(
+      "peak_rates",
+      []() -> py::object {
+        const dfs::PeakRates rates = dfs::peak_rates();
+        if (rates.fma == 0.0) return py::none();
+        return py::dict("fma"_a = rates.fma, "int8"_a = rates.int8);
+      },
+      "Multiply-accumulates a second of one thread at best; None for the scalar kernels.");
   module.def("tile_bytes", &dfs::tile_bytes, "geometry"_a, "bits"_a);
   module.def(
       "retile_weight",

@@ -28,13 +28,8 @@ from dfs_kernels.backends import cpu, reference
 _MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 _NAMES = tuple(_MODULES)
 
-# Which backend an op takes on a device when nobody asks for one, best first. On a CPU the backward
-# goes to the reference: its library convolutions measured faster than the portable C++ loops
-# (bench/bench_mixed_conv2d.py, the backward group).
+# Which backend an op takes on a device when nobody asks for one, best first.
 _DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
-_OP_DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("mixed_conv2d_backward", "cpu"): ("reference", "cpu"),
-}
 
 _override: str | None = None
 _announced: set[str] = set()
@@ -108,13 +103,19 @@ def select_name(
                 f"backend {asked!r} does not take {tuple(options)} bits on {device.type} tensors"
             )
         return asked
-    order = _OP_DEFAULTS.get((op, device.type)) or _DEFAULTS.get(device.type, ("reference",))
-    for name in order:
+    for name in _default_order(op, device.type):
         module = load(name)
         if module.unavailable_reason() is None and module.supports(device.type, options):
             return name
         _announce(op, name, device, options)
     return "reference"
+
+
+def _default_order(op: str, device_type: str) -> tuple[str, ...]:
+    order = _DEFAULTS.get(device_type, ("reference",))
+    if op == "mixed_conv2d_backward" and order[0] == "cpu" and cpu.has_slow_backward():
+        return tuple(reversed(order))
+    return order
 
 
 def is_compiled_cpu(requested: str | None) -> bool:

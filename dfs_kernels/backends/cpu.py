@@ -96,6 +96,15 @@ def tile_variant() -> str:
     return isa
 
 
+def has_slow_backward() -> bool:
+    """Whether the reference, whose convolutions are PyTorch's, is faster at gradients.
+
+    The vectorized kernels took 0.5 to 0.85 of its time, the portable ones 1.1 to 1.6 times as long
+    (bench/bench_mixed_conv2d.py, the backward group).
+    """
+    return _IMPORT_ERROR is None and tile_variant() == "scalar"
+
+
 def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:
     return _tile_offsets(_geometry(geometry), options)[-1]
 

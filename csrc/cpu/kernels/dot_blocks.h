@@ -1,7 +1,7 @@
 // The inner loops: register blocks of integer dot products and of float32 products.
 #pragma once
 
-#include "float4.h"
+#include "float_lanes.h"
 #include "isa.h"
 
 namespace dfs {
@@ -61,25 +61,38 @@ inline void dot_all(const int16_t* windows, int64_t pixels, const int16_t* filte
 }
 
 // Columns of a float block: the right-hand matrix comes in panels of so many columns.
-constexpr int64_t kFloatColumns = 8;
+constexpr int64_t kFloatColumns = 2 * kFloatLanes;
 
-// sums[i][j] = sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], k ascending, each
-// product rounded before it is added.
+// sums[i][j] = sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], k ascending.
 template <int kRows>
 inline void float_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
                         int64_t b_step, int64_t depth, float (*sums)[kFloatColumns]) {
-  constexpr int kVectors = static_cast<int>(kFloatColumns) / 4;
-  Float4 sum[kRows][kVectors] = {};
+  FloatLanes sum[2 * kRows];
+  unroll<2 * kRows>([&](auto i) { sum[i] = FloatLanes{}; });
   for (int64_t k = 0; k < depth; ++k) {
-    for (int i = 0; i < kRows; ++i) {
-      const float left = a[i * a_row + k * a_step];
-      for (int j = 0; j < kVectors; ++j) {
-        add_product(&sum[i][j], left, load4(b + k * b_step + 4 * j));
-      }
-    }
+    const FloatLanes left = load_lanes(b + k * b_step);
+    const FloatLanes right = load_lanes(b + k * b_step + kFloatLanes);
+    unroll<kRows>([&](auto i) {
+      const float factor = a[i * a_row + k * a_step];
+      add_product(&sum[2 * i], factor, left);
+      add_product(&sum[2 * i + 1], factor, right);
+    });
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) store4(sums[i] + 4 * j, sum[i][j]);
+  unroll<kRows>([&](auto i) {
+    store_lanes(sums[i], sum[2 * i]);
+    store_lanes(sums[i] + kFloatLanes, sum[2 * i + 1]);
+  });
+}
+
+// Rows [*row, rows) as far as whole blocks of them go.
+template <int kRows, typename Store>
+inline void float_row_blocks(const float* a, int64_t* row, int64_t rows, int64_t a_row,
+                             int64_t a_step, const float* b, int64_t b_step, int64_t depth,
+                             Store store) {
+  alignas(64) float sums[kRows][kFloatColumns];
+  for (; *row + kRows <= rows; *row += kRows) {
+    float_block<kRows>(a + *row * a_row, a_row, a_step, b, b_step, depth, sums);
+    for (int r = 0; r < kRows; ++r) store(*row + r, sums[r]);
   }
 }
 
@@ -87,17 +100,10 @@ inline void float_block(const float* a, int64_t a_row, int64_t a_step, const flo
 template <typename Store>
 inline void float_rows(const float* a, int64_t rows, int64_t a_row, int64_t a_step, const float* b,
                        int64_t b_step, int64_t depth, Store store) {
-  constexpr int kRows = 4;
-  float sums[kRows][kFloatColumns];
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    float_block<kRows>(a + i * a_row, a_row, a_step, b, b_step, depth, sums);
-    for (int r = 0; r < kRows; ++r) store(i + r, sums[r]);
-  }
-  for (; i < rows; ++i) {
-    float_block<1>(a + i * a_row, a_row, a_step, b, b_step, depth, sums);
-    store(i, sums[0]);
-  }
+  int64_t row = 0;
+  float_row_blocks<kFloatRows>(a, &row, rows, a_row, a_step, b, b_step, depth, store);
+  float_row_blocks<4>(a, &row, rows, a_row, a_step, b, b_step, depth, store);
+  float_row_blocks<1>(a, &row, rows, a_row, a_step, b, b_step, depth, store);
 }
 
 }  // namespace
