@@ -243,11 +243,16 @@ def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> T
     types = {f.name: type(getattr(config, f.name)) for f in fields(config)}
     for text in settings:
         name, separator, value = text.partition("=")
-        settable = sorted(n for n, kind in types.items() if kind in (int, float, str))
+        settable = sorted(
+            n for n, kind in types.items() if kind in (int, float, str) or n == "exit_points"
+        )
         if not separator or name not in settable:
             raise UserError(
                 f"--set takes name=value, got {text!r}; the names are {', '.join(settable)}"
             )
+        if name == "exit_points":
+            overrides[name] = _parse_exit_points(value)
+            continue
         try:
             overrides[name] = types[name](value)
         except ValueError as error:
@@ -256,6 +261,17 @@ def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> T
         return replace(config, **overrides)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _parse_exit_points(text: str) -> tuple[tuple[int, float], ...]:
+    """Such as "4:1.7,8:1.2"; empty for no check."""
+    try:
+        pairs = [item.split(":") for item in text.split(",") if item]
+        return tuple((int(width), float(points)) for width, points in pairs)
+    except ValueError as error:
+        raise UserError(
+            f"--set exit_points takes WIDTH:POINTS pairs such as 4:1.7,8:1.2, got {text!r}"
+        ) from error
 
 
 def _parse_choices(text: str) -> tuple[int, ...]:

@@ -143,6 +143,8 @@ def _announce(op: str, name: str, device: torch.device, options: Sequence[int]) 
     reason = load(name).unavailable_reason()
     if reason is None:
         reason = f"it does not take {tuple(options)} bits on {device.type} tensors"
+    # A forward and its backward are one matter to who reads this.
+    op = op.removesuffix("_backward")
     message = f"{op}: the {name!r} backend is not used ({reason}); a slower one takes its place"
     if message not in _announced:
         _announced.add(message)

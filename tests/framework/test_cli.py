@@ -16,6 +16,8 @@ _SMALL = [
     *("--model", "resnet8", "--target", "0.03"),
     *("--set", "float_epochs=2", "--set", "switch_epochs=1", "--set", "gate_epochs=2"),
     *("--set", "joint_epochs=1", "--set", "batchnorm_images=256", "--set", "cost_tolerance=1.0"),
+    # So short a training may end anywhere.
+    *("--set", "exit_points="),
 ]
 
 
@@ -105,6 +107,15 @@ def test_info_is_readable(
     code, out, error = _in_process(["info"], monkeypatch, capsys)
     assert code == 0, error
     assert "backend cpu" in out
+
+
+def test_exit_points_are_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--out", str(tmp_path / "run"), "--set", "exit_points=4:x"]
+    code, _, error = _in_process(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert "exit_points takes WIDTH:POINTS pairs" in error
 
 
 @pytest.mark.slow
