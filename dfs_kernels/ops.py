@@ -211,9 +211,9 @@ def _(
 @torch.library.custom_op(
     "dfs::retile_weight",
     mutates_args=(),
+    # The variant keeps a graph compiled for one layout of tiles from being used with another.
     schema="(Tensor buffer, Tensor scale, *, int[] bit_options, bool[] centred, str backend, "
-    + _GEOMETRY
-    + ") -> Tensor",
+    "str variant, " + _GEOMETRY + ") -> Tensor",
 )
 def retile_weight_op(
     buffer: Tensor,
@@ -222,6 +222,7 @@ def retile_weight_op(
     bit_options: Sequence[int],
     centred: Sequence[bool],
     backend: str,
+    variant: str,
     **geometry: int,
 ) -> Tensor:
     conv = ConvGeometry(**geometry)
@@ -240,6 +241,7 @@ def _(
     bit_options: Sequence[int],
     centred: Sequence[bool],
     backend: str,
+    variant: str,
     **geometry: int,
 ) -> Tensor:
     size = backends.load(backend).tile_bytes(ConvGeometry(**geometry), tuple(bit_options))

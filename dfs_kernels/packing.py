@@ -389,6 +389,7 @@ class PackedConvWeight:
                 bit_options=self.bit_options,
                 centred=self.centred,
                 backend=backend,
+                variant=variant,
                 **geometry.fields(),
             )
         return self._tiles[key]

@@ -26,7 +26,8 @@ TileHeader make_header(const KernelTable& table, const ConvGeometry& g, int32_t 
                        bool centred) {
   TileHeader header;
   std::memset(&header, 0, sizeof(header));
-  std::memcpy(header.magic, "DFSt", sizeof(header.magic));
+  std::memcpy(header.magic, "DFS", 3);
+  header.magic[3] = kTileFormat;
   header.bits = bits;
   header.centred = bits != 32 && centred;
   header.groups = static_cast<int32_t>(g.groups);
@@ -60,6 +61,8 @@ const void* tile_payload(const void* tile, const KernelTable& table, const ConvG
   }
   return static_cast<const uint8_t*>(tile) + kTileHeaderBytes;
 }
+
+std::string tile_variant() { return std::string(kernels().name) + "/" + kTileFormat; }
 
 // A multiple of the header, so that tiles laid end to end stay aligned.
 size_t tile_bytes(const ConvGeometry& geometry, int32_t bits) {

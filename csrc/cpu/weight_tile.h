@@ -4,11 +4,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "dfs/types.h"
 #include "kernel_table.h"
 
 namespace dfs {
+
+// Raised whenever a layout changes: what was compiled for another one must not be used again.
+constexpr char kTileFormat = '2';
 
 // A multiple of the alignment that vector loads want.
 constexpr size_t kTileHeaderBytes = 64;

@@ -374,6 +374,7 @@ void bind_operations(py::module_& module) {
         return py::dict("fma"_a = rates.fma, "int8"_a = rates.int8);
       },
       "Multiply-accumulates a second of one thread at best; None for the scalar kernels.");
+  module.def("tile_variant", &dfs::tile_variant);
   module.def("tile_bytes", &dfs::tile_bytes, "geometry"_a, "bits"_a);
   module.def(
       "retile_weight",

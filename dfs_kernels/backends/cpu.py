@@ -91,18 +91,19 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out
 
 @torch.compiler.assume_constant_result
 def tile_variant() -> str:
-    """The instruction set that the tiles are made for."""
-    isa: str = _cpu.isa()
-    return isa
+    """The instruction set that the tiles are made for, and the version of their layout."""
+    variant: str = _cpu.tile_variant()
+    return variant
 
 
+@torch.compiler.assume_constant_result
 def has_slow_backward() -> bool:
     """Whether the reference, whose convolutions are PyTorch's, is faster at gradients.
 
     The vectorized kernels took 0.5 to 0.85 of its time, the portable ones 1.1 to 1.6 times as long
     (bench/bench_mixed_conv2d.py, the backward group).
     """
-    return _IMPORT_ERROR is None and tile_variant() == "scalar"
+    return _IMPORT_ERROR is None and bool(_cpu.isa() == "scalar")
 
 
 def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:

@@ -120,6 +120,7 @@ def test_opcheck_of_retiling(backend: str) -> None:
             "bit_options": [2, 4, 8, 32],
             "centred": [True, False, False, False],
             "backend": backend,
+            "variant": "any",
             **built.case.geometry.fields(),
         },
     )
