@@ -53,8 +53,8 @@ inline bool table_takes(const ConvGeometry& g, int32_t bits) {
          depth * 9 <= 0xffff;
 }
 
-// Its re-tiled weights: sums of the levels, int32 (O rounded up), then byte offsets of table rows,
-// uint16 [block][outputs / 4][kernel_h][plane of the block][4].
+// Its re-tiled weights: sums of the levels, int32 (O rounded up), then numbers of table rows, uint8
+// [block][outputs / 4][kernel_h][plane of the block][4].
 struct TableLayout {
   int64_t triples;
   int64_t outputs;  // rounded up
@@ -67,7 +67,7 @@ inline TableLayout table_layout(const ConvGeometry& g) {
 inline size_t table_tile_bytes(const ConvGeometry& g) {
   const TableLayout layout = table_layout(g);
   return static_cast<size_t>(layout.outputs) * sizeof(int32_t) +
-         static_cast<size_t>(layout.outputs * g.kernel_h * layout.triples) * sizeof(uint16_t);
+         static_cast<size_t>(layout.outputs * g.kernel_h * layout.triples);
 }
 
 inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool centred,
@@ -75,7 +75,7 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
   const TableLayout layout = table_layout(g);
   std::memset(tile, 0, table_tile_bytes(g));
   int32_t* sums = static_cast<int32_t*>(tile);
-  uint16_t* offsets = reinterpret_cast<uint16_t*>(sums + layout.outputs);
+  uint8_t* rows = reinterpret_cast<uint8_t*>(sums + layout.outputs);
   const int64_t run_bytes = packed_bytes(g.in_channels, 2);
   for_each_channel_run(g, [&](int64_t, int64_t o, int64_t tap, int64_t run) {
     const int64_t kh = tap / g.kernel_w;
@@ -90,9 +90,9 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
       const int64_t first = triple / kTableBlock * kTableBlock;
       const int64_t planes = min_of(layout.triples - first, kTableBlock);
       const int64_t row = (o / kTableOutputs * g.kernel_h + kh) * planes + (triple - first);
-      uint16_t* offset =
-          offsets + layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs;
-      *offset = static_cast<uint16_t>(*offset + (code + 2) * (64 << (2 * (element % 3))));
+      uint8_t& number =
+          rows[layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs];
+      number = static_cast<uint8_t>(number + ((code + 2) << (2 * (element % 3))));
     }
   });
 }
@@ -105,7 +105,7 @@ inline void pin(__m512i* value) { asm("" : "+v"(*value)); }
 // `weight_step` further on.
 template <int kVectors, int kOutputs>
 inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* row_offsets,
-                       int64_t kernel_h, int64_t planes, const uint16_t* weights,
+                       int64_t kernel_h, int64_t planes, const uint8_t* weights,
                        int64_t weight_step, bool first, PixelSums* result) {
   constexpr int kSums = kVectors * kOutputs;
   const uint8_t* table = kProducts.rows[0];
@@ -120,10 +120,18 @@ inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* 
       __m512i activations[kVectors];
       unroll<kVectors>(
           [&](auto v) { activations[v] = _mm512_loadu_si512(code + v * kTableLanes); });
+      // Four numbers to a load: loads are what this loop has most of.
+      constexpr int kGroups = kOutputs / static_cast<int>(kTableOutputs);
+      uint64_t offsets[kGroups];
+      unroll<kGroups>([&](auto g) {
+        uint32_t numbers;
+        std::memcpy(&numbers, weights + g * weight_step, sizeof(numbers));
+        offsets[g] = uint64_t{numbers} * sizeof(kProducts.rows[0]);
+      });
       unroll<kOutputs>([&](auto o) {
         constexpr int kGroup = o / static_cast<int>(kTableOutputs);
-        constexpr int kMember = o % static_cast<int>(kTableOutputs);
-        const __m512i row = _mm512_load_si512(table + weights[kGroup * weight_step + kMember]);
+        constexpr int kShift = 8 * (o % static_cast<int>(kTableOutputs));
+        const __m512i row = _mm512_load_si512(table + (offsets[kGroup] >> kShift & 0x3fc0));
         unroll<kVectors>([&](auto v) {
           __m512i& sum = bytes[o * kVectors + v];
           sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(activations[v], row));
@@ -299,7 +307,7 @@ struct TableMultiply {
   const TableShape* shape;
   const TableScratch* scratch;
   const int32_t* level_sums;
-  const uint16_t* offsets;
+  const uint8_t* weights;
   TableLayout layout;
   const int64_t* row_offsets;  // (kernel_h): into the raster
   int32_t zero_point;
@@ -310,14 +318,14 @@ struct TableMultiply {
     for (int64_t block = 0; block < layout.triples; block += kTableBlock) {
       const int64_t planes = min_of(layout.triples - block, kTableBlock);
       const uint8_t* codes = scratch->codes.codes + block * shape->plane_step + first;
-      const uint16_t* weights = offsets + layout.outputs * kernel_h * block;
+      const uint8_t* block_weights = weights + layout.outputs * kernel_h * block;
       const int64_t weight_step = kTableOutputs * kernel_h * planes;
       // Eight sums and what they are made from fill the registers.
       const bool wide = pixels > kTableLanes;
       const auto tile = wide ? table_tile<2, 4> : table_tile<1, 8>;
       for (int64_t o = 0; o < channels; o += wide ? 4 : 8) {
         tile(codes, shape->plane_step, row_offsets, kernel_h, planes,
-             weights + (channel + o) * kernel_h * planes, weight_step, block == 0,
+             block_weights + (channel + o) * kernel_h * planes, weight_step, block == 0,
              scratch->sums + o * kTableVectors);
       }
     }
@@ -425,8 +433,8 @@ inline void conv_table(const ConvTask& task, void* memory) {
   multiply.layout = table_layout(g);
   multiply.level_sums = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(task.tile) +
                                                          direct_tile_bytes(g, 2));
-  multiply.offsets =
-      reinterpret_cast<const uint16_t*>(multiply.level_sums + multiply.layout.outputs);
+  multiply.weights =
+      reinterpret_cast<const uint8_t*>(multiply.level_sums + multiply.layout.outputs);
   multiply.zero_point = source.range.zero_point;
   multiply.centred = args.weight.centred[index_of(args.weight.widths, task.bits)];
 
