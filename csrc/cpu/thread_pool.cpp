@@ -19,6 +19,9 @@
 #include <pthread.h>
 #include <signal.h>
 #endif
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace dfs {
 namespace {
@@ -58,6 +61,31 @@ class BlockSignals {
 #endif
 };
 
+int current_cpu() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// A thread that is woken on the very processor that its caller keeps busy can be left there for
+// many milliseconds while another one idles (seen on a virtual machine): a moment's ban moves it.
+void leave_cpu(int cpu) {
+#ifdef __linux__
+  if (cpu < 0 || cpu >= CPU_SETSIZE || current_cpu() != cpu) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (sched_setaffinity(0, sizeof(others), &others) == 0) {
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+  }
+#else
+  (void)cpu;
+#endif
+}
+
 class ThreadPool {
  public:
   // False if the pool is busy or shut down: nothing was run then.
@@ -74,6 +102,7 @@ class ThreadPool {
     grain_ = grain;
     fn_ = &fn;
     error_ = nullptr;
+    caller_cpu_ = current_cpu();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       helpers_wanted_ = participants - 1;
@@ -146,6 +175,7 @@ class ThreadPool {
       if (!open_ || index >= helpers_wanted_) continue;
       ++helpers_busy_;
       lock.unlock();
+      leave_cpu(caller_cpu_);
       work(index + 1);
       lock.lock();
       if (--helpers_busy_ == 0) done_.notify_one();
@@ -199,6 +229,7 @@ class ThreadPool {
   int64_t count_ = 0;
   int64_t grain_ = 1;
   const TaskFn* fn_ = nullptr;
+  int caller_cpu_ = -1;
 
   std::mutex mutex_;
   std::condition_variable wake_;
