@@ -218,7 +218,7 @@ class ConvPlan:
 
     Attributes:
         arguments: stride, padding, dilation and groups, as they were given.
-        isa: the instruction set that ``tiles`` are for.
+        variant: the layout that ``tiles`` have, see ``tile_variant``.
         native_geometry, native_weight: for the compiled module; the weight is without its steps,
             which are a tensor that may change.
         size: H, W of the last input, and the OH, OW that follow.
@@ -228,7 +228,7 @@ class ConvPlan:
     __slots__ = (
         "arguments",
         "geometry",
-        "isa",
+        "variant",
         "native_geometry",
         "native_weight",
         "options",
@@ -238,7 +238,7 @@ class ConvPlan:
     )
 
     def __init__(
-        self, weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...], isa: str
+        self, weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...], variant: str
     ) -> None:
         options = weight.bit_options
         geometry = ConvGeometry.create(in_channels, weight.shape, *arguments)
@@ -247,7 +247,7 @@ class ConvPlan:
         assert tiles is not None
         self.arguments = arguments
         self.geometry = geometry
-        self.isa = isa
+        self.variant = variant
         self.options = options
         self.tiles = tiles
         self.native_geometry, self.native_weight = cpu.native_parts(
@@ -259,7 +259,7 @@ class ConvPlan:
     @staticmethod
     def of(weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...]) -> ConvPlan:
         """The plan for a call, new or kept with the weight."""
-        isa: str = _cpu.isa()
+        variant: str = _cpu.tile_variant()
         plan: ConvPlan | None = weight._last_plan
         # By identity, as 1 == True: what is the same object was checked when the plan was made.
         # Lists never get to be the last plan's, since they may change.
@@ -269,9 +269,9 @@ class ConvPlan:
             or plan.arguments[1] is not arguments[1]
             or plan.arguments[2] is not arguments[2]
             or plan.arguments[3] is not arguments[3]
-            or plan.isa != isa
+            or plan.variant != variant
         ):
-            plan = _find_plan(weight, in_channels, arguments, isa)
+            plan = _find_plan(weight, in_channels, arguments, variant)
         if plan.geometry.in_channels != in_channels:
             raise _DeclinedError
         return plan
@@ -288,14 +288,14 @@ class ConvPlan:
 
 
 def _find_plan(
-    weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...], isa: str
+    weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...], variant: str
 ) -> ConvPlan:
     for argument in arguments:
         if type(argument) is not int and not (
             type(argument) is tuple and all(type(value) is int for value in argument)
         ):
             raise _DeclinedError
-    key = (isa, *arguments)
+    key = (variant, *arguments)
     plan: ConvPlan | None = weight._plans.get(key)
     if plan is None:
         steps = (len(weight.bit_options), weight.shape[0])
@@ -306,7 +306,7 @@ def _find_plan(
         ):
             raise _DeclinedError
         try:
-            plan = ConvPlan(weight, in_channels, arguments, isa)
+            plan = ConvPlan(weight, in_channels, arguments, variant)
         except ValueError as error:
             raise _DeclinedError from error
         # Replaced rather than changed: another thread may be looking into it.

@@ -612,7 +612,7 @@ def test_tiles_of_another_instruction_set_are_not_used(
     weight = arguments["weight"]
     used = []
     for isa in ("this", "that", "this"):
-        monkeypatch.setattr(cpu._cpu, "isa", lambda isa=isa: isa)
+        monkeypatch.setattr(cpu._cpu, "tile_variant", lambda isa=isa: isa)
         taken(lambda: mixed_conv2d(**arguments))
         used.append(weight._last_plan.tiles)
         assert used[-1] is weight._tiles["cpu", isa, 1]
