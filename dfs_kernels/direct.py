@@ -228,12 +228,12 @@ class ConvPlan:
     __slots__ = (
         "arguments",
         "geometry",
-        "variant",
         "native_geometry",
         "native_weight",
         "options",
         "size",
         "tiles",
+        "variant",
         "zeros",
     )
 
