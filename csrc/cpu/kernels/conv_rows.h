@@ -235,10 +235,8 @@ inline RowReader row_reader(const ConvTask& task, const WindowShape& shape, floa
   RowReader reader;
   reader.input = sample_view(args.input, task.sample);
   reader.pixels = shape.used_width;
-  reader.as_stored = args.input_quantizer.scale == nullptr;
-  reader.range = task.bits == 32    ? ActivationRange{}
-                 : reader.as_stored ? reader.input.range
-                                    : activation_range(args.input_quantizer, task.bits);
+  reader.as_stored = loads_as_stored(args);
+  reader.range = loaded_range(task, reader.input);
   reader.values = values;
   reader.codes = codes;
   return reader;

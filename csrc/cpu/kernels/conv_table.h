@@ -303,7 +303,6 @@ inline bool table_pays(const WindowShape& window, int64_t out_rows) {
 // Output pixels [first, first + pixels) of a band, pixels <= kTablePixels, and output channels
 // [channel, channel + kTableSpan) of them.
 struct TableMultiply {
-  const ConvTask* task;
   const TableShape* shape;
   const TableScratch* scratch;
   const int32_t* level_sums;
@@ -428,7 +427,6 @@ inline void conv_table(const ConvTask& task, void* memory) {
   const Epilogue rest = block_epilogue(task, scratch.block_values, scratch.block_codes);
 
   TableMultiply multiply;
-  multiply.task = &task;
   multiply.scratch = &scratch;
   multiply.layout = table_layout(g);
   multiply.level_sums = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(task.tile) +

@@ -88,10 +88,8 @@ inline RowSource row_source(const ConvTask& task, const RowScratch& scratch) {
   const MixedConv2dArgs& args = *task.args;
   RowSource source;
   source.input = sample_view(args.input, task.sample);
-  source.as_stored = args.input_quantizer.scale == nullptr;
-  source.range = task.bits == 32    ? ActivationRange{}
-                 : source.as_stored ? source.input.range
-                                    : activation_range(args.input_quantizer, task.bits);
+  source.as_stored = loads_as_stored(args);
+  source.range = loaded_range(task, source.input);
   source.scratch = scratch;
   return source;
 }

@@ -4,6 +4,7 @@
 
 #include "bit_packing.h"
 #include "isa.h"
+#include "kernel_table.h"
 #include "quantizer.h"
 #include "transpose.h"
 
@@ -47,6 +48,18 @@ inline SampleView sample_view(const FeatureMap& map, int64_t sample) {
     view.range = activation_range(map.quantizer, view.bits);
   }
   return view;
+}
+
+// Whether a packed input's codes enter the multiplication as they are.
+inline bool loads_as_stored(const MixedConv2dArgs& args) {
+  return args.input_quantizer.scale == nullptr;
+}
+
+// Of the codes that enter the multiplication.
+inline ActivationRange loaded_range(const ConvTask& task, const SampleView& input) {
+  if (task.bits == 32) return ActivationRange{};
+  if (loads_as_stored(*task.args)) return input.range;
+  return activation_range(task.args->input_quantizer, task.bits);
 }
 
 inline const uint8_t* pixel_codes(const SampleView& view, int64_t y, int64_t x) {
