@@ -244,7 +244,9 @@ def _(
     variant: str,
     **geometry: int,
 ) -> Tensor:
-    size = backends.load(backend).tile_bytes(ConvGeometry(**geometry), tuple(bit_options))
+    size = backends.load(backend).tile_bytes(
+        ConvGeometry(**geometry), tuple(bit_options), tuple(centred)
+    )
     return buffer.new_empty(size)
 
 

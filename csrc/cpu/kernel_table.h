@@ -49,7 +49,7 @@ struct KernelTable {
   void (*quantize_filter)(const float* weight, int64_t channels, int64_t taps, float scale,
                           int32_t bits, bool centred, uint8_t* packed);
 
-  size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits);
+  size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits, bool centred);
   void (*retile_weight)(const ConvGeometry& geometry, const uint8_t* canonical, int32_t bits,
                         bool centred, void* tile);
 

@@ -31,7 +31,7 @@ void quantize_weight(const float* weight, int64_t out_channels, int64_t kernel_h
 
 // Canonical packed weights (float32 in the same order at 32 bits) -> the private layout of the
 // instruction set in use, which mixed_conv2d refuses under another one.
-size_t tile_bytes(const ConvGeometry& geometry, int32_t bits);
+size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred);
 // Names that layout: the instruction set and the version.
 std::string tile_variant();
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,

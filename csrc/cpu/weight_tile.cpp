@@ -65,10 +65,10 @@ const void* tile_payload(const void* tile, const KernelTable& table, const ConvG
 std::string tile_variant() { return std::string(kernels().name) + "/" + kTileFormat; }
 
 // A multiple of the header, so that tiles laid end to end stay aligned.
-size_t tile_bytes(const ConvGeometry& geometry, int32_t bits) {
+size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred) {
   check_geometry(geometry);
   check_weight_bits(bits, true);
-  const size_t payload = kernels().tile_bytes(geometry, bits);
+  const size_t payload = kernels().tile_bytes(geometry, bits, centred);
   return kTileHeaderBytes + (payload + kTileHeaderBytes - 1) / kTileHeaderBytes * kTileHeaderBytes;
 }
 

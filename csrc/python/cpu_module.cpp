@@ -375,7 +375,7 @@ void bind_operations(py::module_& module) {
       },
       "Multiply-accumulates a second of one thread at best; None for the scalar kernels.");
   module.def("tile_variant", &dfs::tile_variant);
-  module.def("tile_bytes", &dfs::tile_bytes, "geometry"_a, "bits"_a);
+  module.def("tile_bytes", &dfs::tile_bytes, "geometry"_a, "bits"_a, "centred"_a);
   module.def(
       "retile_weight",
       [](const dfs::ConvGeometry& geometry, Address canonical, int32_t bits, bool centred,

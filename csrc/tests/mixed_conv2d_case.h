@@ -88,7 +88,7 @@ inline void retile(TestWeight& weight, const dfs::ConvGeometry& g) {
   weight.tiles.clear();
   for (size_t i = 0; i < weight.widths.size(); ++i) {
     const int bits = weight.widths[i];
-    GuardedBuffer<uint8_t> tile(dfs::tile_bytes(g, bits));
+    GuardedBuffer<uint8_t> tile(dfs::tile_bytes(g, bits, weight.centred[i]));
     dfs::retile_weight(g, weight.packed[i].data(), bits, weight.centred[i], tile.data(), 1);
     tile.check_guards("tile");
     weight.tiles.push_back(std::move(tile));

@@ -46,7 +46,7 @@ DFS_TEST(mixed_conv2d_survives_extreme_codes) {
                 naive_insert(canonical.data() + run * bytes, c, bits, code);
               }
             }
-            GuardedBuffer<uint8_t> tile(dfs::tile_bytes(s.geometry, bits));
+            GuardedBuffer<uint8_t> tile(dfs::tile_bytes(s.geometry, bits, centred));
             dfs::retile_weight(s.geometry, canonical.data(), bits, centred, tile.data(), 1);
 
             const int top = (1 << bits) - 1;
@@ -197,7 +197,7 @@ DFS_TEST(mixed_conv2d_rejects_sums_that_overflow) {
   g.out_channels = 1;
   g.kernel_h = g.kernel_w = 1;
   std::vector<uint8_t> canonical(70000);
-  std::vector<uint8_t> tile(dfs::tile_bytes(g, 8));
+  std::vector<uint8_t> tile(dfs::tile_bytes(g, 8, false));
   dfs::retile_weight(g, canonical.data(), 8, false, tile.data(), 1);
   std::vector<float> input(70000);
   float output = 0.0f;

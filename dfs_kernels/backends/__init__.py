@@ -7,7 +7,7 @@ Every backend is a module with the same functions:
     pack_bits(codes, bits)                              unpack_bits(packed, bits, channels, signed)
     quantize_pack(x, out)                               unpack_dequantize(packed)
     quantize_weight(weight, scale, bits, centred, out)  retile_weight(weight, geometry)
-    tile_bytes(geometry, options) -> int                size of its private weights; 0 for none
+    tile_bytes(geometry, options, centred) -> int       size of its private weights; 0 for none
     tile_variant() -> str | None                        tells apart its weights; None: has none
     mixed_conv2d(call, out)                             mixed_conv2d_backward(call, grad, wanted)
     info() -> dict                                      what runs, for people

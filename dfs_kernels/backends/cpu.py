@@ -106,13 +106,15 @@ def has_slow_backward() -> bool:
     return _IMPORT_ERROR is None and bool(_cpu.isa() == "scalar")
 
 
-def tile_bytes(geometry: ConvGeometry, options: Sequence[int]) -> int:
-    return _tile_offsets(_geometry(geometry), options)[-1]
+def tile_bytes(
+    geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]
+) -> int:
+    return _tile_offsets(_geometry(geometry), options, centred)[-1]
 
 
 def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry) -> Tensor:
     native = _geometry(geometry)
-    offsets = _tile_offsets(native, weight.bit_options)
+    offsets = _tile_offsets(native, weight.bit_options, weight.centred)
     # Zeros, so that the gaps between the widths are the same every time.
     tiles = torch.zeros(offsets[-1], dtype=torch.uint8)
     for i, bits in enumerate(weight.bit_options):
@@ -125,7 +127,7 @@ def native_parts(
 ) -> tuple[Any, Any]:
     """A geometry, and a weight without its steps, as the compiled module takes them."""
     native = _geometry(geometry)
-    offsets = _tile_offsets(native, options)
+    offsets = _tile_offsets(native, options, centred)
     return native, _native_weight(options, centred, tiles, offsets)
 
 
@@ -231,10 +233,10 @@ def _geometry(geometry: ConvGeometry) -> Any:
     return native
 
 
-def _tile_offsets(geometry: Any, options: Sequence[int]) -> list[int]:
+def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:
     offsets = [0]
-    for bits in options:
-        end = offsets[-1] + _cpu.tile_bytes(geometry, bits)
+    for bits, is_centred in zip(options, centred, strict=True):
+        end = offsets[-1] + _cpu.tile_bytes(geometry, bits, is_centred)
         offsets.append(-(-end // _TILE_ALIGNMENT) * _TILE_ALIGNMENT)
     return offsets
 
@@ -247,7 +249,7 @@ def _tiled_weight(call: ConvCall, geometry: Any) -> tuple[Any, Tensor]:
     """The native weight of a call, and the tensor that holds its tiles."""
     weight = call.weight
     tiles = weight.tiles
-    offsets = _tile_offsets(geometry, weight.options)
+    offsets = _tile_offsets(geometry, weight.options, weight.centred)
     if tiles is None:
         tiles = _make_tiles(weight, geometry, offsets, set(call.bits.tolist()))
     native = _native_weight(weight.options, weight.centred, tiles, offsets)

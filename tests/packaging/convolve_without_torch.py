@@ -55,7 +55,7 @@ def convolve(cpu: Any, values: Any, weights: dict[int, Any], scales: Any, zeros:
         cpu.quantize_weight(
             address(weights[bits]), *shape, address(scales), bits, False, address(packed), 1
         )
-        tile = (ctypes.c_uint8 * cpu.tile_bytes(geometry, bits))()
+        tile = (ctypes.c_uint8 * cpu.tile_bytes(geometry, bits, False))()
         cpu.retile_weight(geometry, address(packed), bits, False, address(tile), 1)
         tiles.append(tile)
     image = {"height": SIZE, "width": SIZE, "stride_w": 1, "stride_h": SIZE}

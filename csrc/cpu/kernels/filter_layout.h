@@ -37,7 +37,7 @@ inline int64_t padded_depth(const ConvGeometry& g) { return round_up(filter_dept
 
 // Integer tiles: int16 levels (O, padded_depth) in kernel_h, kernel_w, channel order.
 // Float tiles: (G, ceil(O/G / kFloatColumns), depth, kFloatColumns), output channels innermost.
-inline size_t filter_tile_bytes(const ConvGeometry& g, int32_t bits) {
+inline size_t filter_tile_bytes(const ConvGeometry& g, int32_t bits, bool /*centred*/) {
   if (bits != 32) {
     return static_cast<size_t>(g.out_channels * padded_depth(g)) * sizeof(int16_t);
   }
