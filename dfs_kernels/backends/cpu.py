@@ -106,9 +106,7 @@ def has_slow_backward() -> bool:
     return _IMPORT_ERROR is None and bool(_cpu.isa() == "scalar")
 
 
-def tile_bytes(
-    geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]
-) -> int:
+def tile_bytes(geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]) -> int:
     return _tile_offsets(_geometry(geometry), options, centred)[-1]
 
 

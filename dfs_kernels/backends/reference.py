@@ -58,9 +58,7 @@ def tile_variant() -> str | None:
     return None
 
 
-def tile_bytes(
-    geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]
-) -> int:
+def tile_bytes(geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]) -> int:
     """0: the canonical layout is read as it is."""
     return 0
 
