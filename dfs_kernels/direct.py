@@ -23,6 +23,7 @@ from dfs_kernels.arguments import infer_options, only_entry, widths_of
 from dfs_kernels.backends import cpu
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
+    DerivedWeights,
     PackedActivation,
     PackedConvWeight,
     per_width,
@@ -260,7 +261,8 @@ class ConvPlan:
     def of(weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...]) -> ConvPlan:
         """The plan for a call, new or kept with the weight."""
         variant: str = _cpu.tile_variant()
-        plan: ConvPlan | None = weight._last_plan
+        derived = weight.derived
+        plan: ConvPlan | None = derived.last_plan
         # By identity, as 1 == True: what is the same object was checked when the plan was made.
         # Lists never get to be the last plan's, since they may change.
         if (
@@ -271,7 +273,7 @@ class ConvPlan:
             or plan.arguments[3] is not arguments[3]
             or plan.variant != variant
         ):
-            plan = _find_plan(weight, in_channels, arguments, variant)
+            plan = _find_plan(derived, weight, in_channels, arguments, variant)
         if plan.geometry.in_channels != in_channels:
             raise _DeclinedError
         return plan
@@ -288,7 +290,11 @@ class ConvPlan:
 
 
 def _find_plan(
-    weight: PackedConvWeight, in_channels: int, arguments: tuple[Any, ...], variant: str
+    derived: DerivedWeights,
+    weight: PackedConvWeight,
+    in_channels: int,
+    arguments: tuple[Any, ...],
+    variant: str,
 ) -> ConvPlan:
     for argument in arguments:
         if type(argument) is not int and not (
@@ -296,7 +302,7 @@ def _find_plan(
         ):
             raise _DeclinedError
     key = (variant, *arguments)
-    plan: ConvPlan | None = weight._plans.get(key)
+    plan: ConvPlan | None = derived.plans.get(key)
     if plan is None:
         steps = (len(weight.bit_options), weight.shape[0])
         if (
@@ -310,10 +316,10 @@ def _find_plan(
         except ValueError as error:
             raise _DeclinedError from error
         # Replaced rather than changed: another thread may be looking into it.
-        kept = list(weight._plans.items())[1 - _MAX_PLANS :]
-        weight._plans = {**dict(kept), key: plan}
+        kept = list(derived.plans.items())[1 - _MAX_PLANS :]
+        derived.plans = {**dict(kept), key: plan}
     plan.arguments = arguments
-    weight._last_plan = plan
+    derived.last_plan = plan
     return plan
 
 

@@ -236,6 +236,27 @@ class WeightLayout:
 
 
 @dataclass(eq=False)
+class DerivedWeights:
+    """What is made from a packed weight on first use, and made again after an edit.
+
+    Attributes:
+        edits: the version of the buffer that all of it was made from.
+        tiles: re-tiled copies by backend, variant and groups.
+        plans, last_plan: what dfs_kernels.direct keeps from call to call.
+    """
+
+    edits: int
+    tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    last_plan: Any = None
+
+
+def _edits(tensor: Tensor | None) -> int:
+    """How often a tensor was edited in place; tensors of inference mode don't count that."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
 class PackedConvWeight:
     """The weight of one convolution, bit-packed at several widths.
 
@@ -252,10 +273,7 @@ class PackedConvWeight:
     bit_options: tuple[int, ...]
     levels: tuple[str, ...]
     shape: tuple[int, int, int, int]
-    _tiles: dict[tuple[str, str, int], Tensor] = field(default_factory=dict, repr=False)
-    # What dfs_kernels.direct keeps from call to call.
-    _plans: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, init=False)
-    _last_plan: Any = field(default=None, repr=False, init=False)
+    _derived: DerivedWeights = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_packable(self.bit_options, "bit_options")
@@ -329,13 +347,24 @@ class PackedConvWeight:
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
         if not name.startswith("_"):
-            # These were made from what the attribute used to be.
-            self._tiles = {}
-            self._plans, self._last_plan = {}, None
+            # What there was came from what the attribute used to be. A new object rather than the
+            # old one emptied: a thread that is deriving something now adds it to the old one.
+            self._derived = DerivedWeights(_edits(self.__dict__.get("buffer")))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans hold addresses, which mean nothing in a copy.
-        return {**self.__dict__, "_plans": {}, "_last_plan": None}
+        # Re-tiled copies are never saved, and plans hold addresses, which mean nothing in a copy.
+        return {**self.__dict__, "_derived": DerivedWeights(_edits(self.buffer))}
+
+    @property
+    def derived(self) -> DerivedWeights:
+        """What was made from the codes, unless they were edited since."""
+        derived = self._derived
+        if torch.compiler.is_compiling():
+            return derived
+        edits = _edits(self.buffer)
+        if derived.edits != edits:
+            derived = self._derived = DerivedWeights(edits)
+        return derived
 
     @property
     def layout(self) -> WeightLayout:
@@ -382,8 +411,9 @@ class PackedConvWeight:
         if variant is None:
             return None
         key = (backend, variant, geometry.groups)
-        if key not in self._tiles:
-            self._tiles[key] = torch.ops.dfs.retile_weight(
+        known = self.derived.tiles
+        if key not in known:
+            known[key] = torch.ops.dfs.retile_weight(
                 self.buffer,
                 self.scales,
                 bit_options=self.bit_options,
@@ -392,7 +422,7 @@ class PackedConvWeight:
                 variant=variant,
                 **geometry.fields(),
             )
-        return self._tiles[key]
+        return known[key]
 
     def to(self, device: torch.device | str) -> PackedConvWeight:
         if torch.device(device) == self.buffer.device:

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "float_environment.h"
 #include "operations.h"
 #include "parallel.h"
 #include "weight_tile.h"
@@ -187,7 +188,10 @@ void mixed_conv2d(const MixedConv2dArgs& args, int threads) {
   if (!skipped.empty()) {
     scratch_bytes = std::max(scratch_bytes, table.conv_scratch_bytes(args, 0));
   }
-  const OutputScaling scaling = output_scaling(args, used);
+  const OutputScaling scaling = [&] {
+    const DefaultFloatEnvironment environment;
+    return output_scaling(args, used);
+  }();
 
   const double macs = static_cast<double>(out_pixels * g.out_channels) *
                       static_cast<double>(g.in_channels / g.groups * g.kernel_h * g.kernel_w);

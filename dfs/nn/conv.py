@@ -71,6 +71,7 @@ class DFSConv2d(nn.Conv2d):
         self.quantizer.to(self.weight.device)
         self.quantizer.reset_weight(self.weight)
         self._packed: PackedConvWeight | None = None
+        self._packed_from: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def from_conv(
@@ -148,18 +149,29 @@ class DFSConv2d(nn.Conv2d):
         return result
 
     def packed(self) -> PackedConvWeight:
-        """The bit-packed weight, made on first use and kept until :meth:`repack`."""
-        if self._packed is None:
-            self._packed = PackedConvWeight.from_float(
+        """The bit-packed weight, made on first use and kept until :meth:`repack`.
+
+        Made again too if other tensors took the parameters' places, as in
+        :func:`torch.func.functional_call`.
+        """
+        packed = self._packed
+        if packed is not None and torch.compiler.is_compiling():
+            return packed
+        sources = (self.weight, *self.quantizer._parameters.values())
+        if packed is None or any(
+            a is not b for a, b in zip(sources, self._packed_from, strict=True)
+        ):
+            packed = PackedConvWeight.from_float(
                 self.weight,
                 self.quantizer.weight_scale(self.weight),
                 (*self.bit_options, 32),
             )
-        return self._packed
+            self._packed, self._packed_from = packed, sources
+        return packed
 
     def repack(self) -> None:
         """Forget the packed weight: call it after changing parameters in place."""
-        self._packed = None
+        self._packed, self._packed_from = None, ()
 
     def train(self, mode: bool = True) -> DFSConv2d:
         self.repack()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dfs import DFSConv2d
 from dfs.nn import LSQ, MinMax
@@ -164,6 +165,16 @@ def test_repack_after_editing_in_place(name: str) -> None:
     after = layer(x, 4)
     assert not torch.equal(after, before)
     assert torch.equal(after, layer.train()(x, 4))
+
+
+def test_tensors_in_the_parameters_places_are_used_at_once() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    layer, other = DFSConv2d(4, 6, 3).eval(), DFSConv2d(4, 6, 3).eval()
+    own, others = layer(x, 8), other(x, 8)
+    assert torch.equal(functional_call(layer, dict(other.state_dict()), (x, 8)), others)
+    assert torch.equal(layer(x, 8), own)
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+    assert not torch.equal(layer(x, 8), own)
 
 
 def test_loading_moving_and_casting_forget_the_packed_weight() -> None:

@@ -614,8 +614,8 @@ def test_tiles_of_another_instruction_set_are_not_used(
     for isa in ("this", "that", "this"):
         monkeypatch.setattr(cpu._cpu, "tile_variant", lambda isa=isa: isa)
         taken(lambda: mixed_conv2d(**arguments))
-        used.append(weight._last_plan.tiles)
-        assert used[-1] is weight._tiles["cpu", isa, 1]
+        used.append(weight.derived.last_plan.tiles)
+        assert used[-1] is weight.derived.tiles["cpu", isa, 1]
     assert used[0] is used[2]
     assert used[0] is not used[1]
 
@@ -685,7 +685,7 @@ def test_few_plans_are_kept() -> None:
     for padding in range(1, 30):
         got = mixed_conv2d(**{**arguments, "padding": padding})
         assert_same(got, through_ops(lambda: mixed_conv2d(**{**arguments, "padding": padding})))  # noqa: B023
-    assert len(weight._plans) == direct._MAX_PLANS
+    assert len(weight.derived.plans) == direct._MAX_PLANS
 
 
 def test_a_used_weight_can_be_copied_pickled_and_saved() -> None:
@@ -697,7 +697,8 @@ def test_a_used_weight_can_be_copied_pickled_and_saved() -> None:
         pickle.loads(pickle.dumps(weight)),
         PackedConvWeight.from_state_dict(weight.state_dict()),
     ):
-        assert twin._plans == {}
+        assert twin.derived.plans == {}
+        assert twin.derived.tiles == {}
         assert torch.equal(mixed_conv2d(**{**arguments, "weight": twin}), expected)
     assert "plan" not in repr(weight)
 

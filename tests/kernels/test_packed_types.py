@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dfs_kernels import (
     available_backends,
     backend_info,
     backends,
+    direct,
     mixed_conv2d,
     mixed_conv2d_,
     pack_bits,
@@ -89,6 +91,80 @@ def test_running_a_weight_does_not_change_what_is_counted_or_saved() -> None:
     mixed_conv2d(torch.randn(1, 5, 4, 4), packed, 8, torch.ones(4))
     assert packed.nbytes == before
     assert packed.state_dict().keys() == state.keys()
+
+
+def _used_weight(scale: float = 0.1) -> tuple[PackedConvWeight, Callable[[], Tensor]]:
+    """A weight that has been run, and a function that runs one and checks it."""
+    x = torch.randn(2, 6, 5, 4)
+    steps = torch.full((4, 8), scale)
+    weight = PackedConvWeight.from_float(torch.randn(8, 6, 3, 3), steps, (2, 4, 8, 32))
+
+    def run(other: PackedConvWeight = weight) -> Tensor:
+        got = mixed_conv2d(x, other, 8, torch.full((4,), 0.05))
+        expected = mixed_conv2d(x, other, 8, torch.full((4,), 0.05), backend="reference")
+        assert isinstance(got, Tensor)
+        assert isinstance(expected, Tensor)
+        assert torch.equal(got, expected)
+        return got
+
+    run()
+    return weight, run
+
+
+def test_a_replaced_buffer_is_used_at_once() -> None:
+    weight, run = _used_weight()
+    before = run()
+    changed = replace(weight, buffer=weight.buffer.flip(0))
+    assert not torch.equal(run(changed), before)
+    assert torch.equal(run(), before)
+
+
+def test_codes_edited_in_place_are_used_at_once() -> None:
+    weight, run = _used_weight()
+    before = run()
+    weight.packed(8).bitwise_not_()
+    assert not torch.equal(run(), before)
+
+
+def test_a_plan_made_while_the_codes_change_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, run = _used_weight()
+    other = weight.buffer.flip(0)
+    weight.buffer = weight.buffer.clone()
+    make = direct.ConvPlan.__init__
+
+    def make_and_change(plan: direct.ConvPlan, *args: Any) -> None:
+        make(plan, *args)
+        weight.buffer = other
+
+    monkeypatch.setattr(direct.ConvPlan, "__init__", make_and_change)
+    mixed_conv2d(torch.randn(2, 6, 5, 4), weight, 8, torch.full((4,), 0.05))
+    monkeypatch.undo()
+    run()
+
+
+def test_retiled_copies_are_not_pickled() -> None:
+    weight, run = _used_weight()
+    fresh = PackedConvWeight.from_state_dict(weight.state_dict())
+    assert len(pickle.dumps(weight)) == len(pickle.dumps(fresh))
+    assert torch.equal(run(pickle.loads(pickle.dumps(weight))), run())
+
+
+def test_the_callers_flushing_of_denormals_changes_nothing() -> None:
+    """Their product is a normal float, but the multiplier alone is not."""
+    x = torch.randn(1, 6, 5, 4) * 2.0**-30
+    steps = torch.full((1, 8), 2.0**-100)
+    weight = PackedConvWeight.from_float(torch.randn(8, 6, 3, 3), steps, (8,))
+    expected = mixed_conv2d(x, weight, 8, 2.0**-38)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        got = mixed_conv2d(x, weight, 8, 2.0**-38)
+    finally:
+        torch.set_flush_denormal(False)
+    assert isinstance(got, Tensor)
+    assert isinstance(expected, Tensor)
+    assert torch.equal(got, expected)
+    assert bool((expected != 0).any())
 
 
 def test_weights_stay_on_a_device_that_they_are_on() -> None:
