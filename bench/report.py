@@ -277,10 +277,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _newest_result() -> Path:
-    files = sorted(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise ReportError(f"no file given, and none in {RESULTS}")
-    return files[-1]
+    """By the date inside: a fresh clone gives all files the same age."""
+    dated = []
+    for path in RESULTS.glob("*.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and "benchmarks" in content:
+            dated.append((content.get("datetime", ""), path))
+    if not dated:
+        raise ReportError(f"no file given, and no benchmarks in {RESULTS}")
+    return max(dated)[1]
 
 
 def _point(benchmark: dict[str, Any]) -> Point:

@@ -247,9 +247,8 @@ def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> T
             n for n, kind in types.items() if kind in (int, float, str) or n == "exit_points"
         )
         if not separator or name not in settable:
-            raise UserError(
-                f"--set takes name=value, got {text!r}; the names are {', '.join(settable)}"
-            )
+            wrong = f"has no setting {name!r}" if separator else f"takes name=value, got {text!r}"
+            raise UserError(f"--set {wrong}; the names are {', '.join(settable)}")
         if name == "exit_points":
             overrides[name] = _parse_exit_points(value)
             continue

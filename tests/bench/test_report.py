@@ -170,9 +170,16 @@ def test_files_are_reported_one_by_one(
 def test_without_a_file_the_newest_result_is_read(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    older = json.loads(results.read_text()) | {"datetime": "2001-01-01T00:00:00"}
+    (results.parent / "older.json").write_text(json.dumps(older))
+    (results.parent / "exactness.json").write_text('{"cases": 1}')
+    newest = json.loads(results.read_text()) | {"datetime": "2002-01-01T00:00:00"}
+    results.write_text(json.dumps(newest))
     monkeypatch.setattr(report, "RESULTS", results.parent)
     assert report.main([]) == 0
-    assert "## zen4" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "## zen4" in text
+    assert "## older" not in text
 
 
 @pytest.mark.parametrize(
