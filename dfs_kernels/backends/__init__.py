@@ -22,14 +22,17 @@ from typing import Any
 
 import torch
 
-from dfs_kernels.backends import cpu, reference
+from dfs_kernels.backends import cpu, reference, triton
 
 # Modules at hand rather than imported on demand: torch.compile can't trace an import.
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 _NAMES = tuple(_MODULES)
 
 # Which backend an op takes on a device when nobody asks for one, best first.
-_DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
 
 _override: str | None = None
 _announced: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,13 @@ from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import Quantizer, row_bytes
 from dfs_kernels.widths import activation_max
 
-OTHER_BACKENDS = tuple(name for name in available_backends() if name != "reference")
+# What every test compares. Triton's interpreter takes many minutes for all of them, so that it has
+# a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1 or there is a GPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_SLOW = {"triton"} if _INTERPRETED and os.environ.get("DFS_TEST_TRITON") != "1" else set()
+OTHER_BACKENDS = tuple(
+    name for name in available_backends() if name != "reference" and name not in _SLOW
+)
 
 INPUT_FORMS = ("contiguous", "channels_last", "strided", "packed", "requantized")
 RESIDUAL_FORMS = (None, "float", "strided", "packed")

@@ -52,7 +52,8 @@ def test_there_is_a_backend_to_compare() -> None:
     assert "cpu" in OTHER_BACKENDS
 
 
-@every_backend
+# Triton's interpreter is slow; test_triton.py draws fewer.
+@pytest.mark.parametrize("backend", [name for name in OTHER_BACKENDS if name != "triton"])
 @settings(max_examples=400)
 @given(case=conv_cases())
 def test_any_convolution(backend: str, case: ConvCase) -> None:

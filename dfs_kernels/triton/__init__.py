@@ -1,0 +1,1 @@
+"""Triton kernels. Their launchers are in :mod:`dfs_kernels.backends.triton`."""
