@@ -247,8 +247,9 @@ def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> T
             n for n, kind in types.items() if kind in (int, float, str) or n == "exit_points"
         )
         if not separator or name not in settable:
-            wrong = f"has no setting {name!r}" if separator else f"takes name=value, got {text!r}"
-            raise UserError(f"--set {wrong}; the names are {', '.join(settable)}")
+            wrong = "names no setting" if separator else "must be name=value"
+            names = ", ".join(settable)
+            raise UserError(f"--set {wrong}, got {text!r}; the names are {names}")
         if name == "exit_points":
             overrides[name] = _parse_exit_points(value)
             continue
