@@ -18,9 +18,8 @@ from dfs_kernels.packing import Quantizer, row_bytes
 from dfs_kernels.widths import activation_max
 
 # What every test compares. Triton's interpreter takes many minutes for all of them, so that it has
-# a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1 or there is a GPU.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_SLOW = {"triton"} if _INTERPRETED and os.environ.get("DFS_TEST_TRITON") != "1" else set()
+# a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1.
+_SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}
 OTHER_BACKENDS = tuple(
     name for name in available_backends() if name != "reference" and name not in _SLOW
 )
