@@ -62,3 +62,9 @@ def float_config(rows: int, columns: int) -> ConvConfig:
 
 def pixel_config(pixels: int, channels: int) -> PixelConfig:
     return PixelConfig(power_of_two(pixels, 16, 128), power_of_two(channels, 8, 64))
+
+
+def gate_config(pixels: int, channels: int) -> PixelConfig:
+    """A whole sample is pooled by one program, so it reads as much as it can at a time."""
+    block_c = power_of_two(channels, 8, 64)
+    return PixelConfig(power_of_two(pixels, 16, 8192 // block_c), block_c, 8)
