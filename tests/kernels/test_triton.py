@@ -40,10 +40,10 @@ def test_any_convolution(case: ConvCase) -> None:
 def test_buckets_give_the_same(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], output_form: str
 ) -> None:
-    def in_buckets(*sizes: int) -> configs.ConvConfig:
-        return replace(configs.conv_config(*sizes), buckets=True)
+    def in_buckets(*sizes: int) -> tuple[configs.ConvConfig, ...]:
+        return (replace(configs.conv_configs(*sizes)[0], buckets=True),)
 
-    monkeypatch.setattr(backend, "conv_config", in_buckets)
+    monkeypatch.setattr(backend, "conv_configs", in_buckets)
     case = ConvCase(
         bits=batch,
         group_channels=8,
