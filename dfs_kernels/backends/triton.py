@@ -594,7 +594,9 @@ def _conv_problem(kernel: str, call: ConvCall, form: str = "") -> Problem:
 
 def _float_precision() -> str:
     """TF32 only where PyTorch's own convolutions may use it."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 and not _INTERPRETED else "ieee"
+    # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed and not _INTERPRETED else "ieee"
 
 
 def _takes_dots(geometry: ConvGeometry) -> bool:

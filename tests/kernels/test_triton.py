@@ -54,6 +54,18 @@ def test_buckets_give_the_same(
     assert_matches_reference(build(case), "triton")
 
 
+def test_tf32_follows_the_setting_of_pytorchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            cudnn.conv.fp32_precision = precision
+            assert backend._float_precision() == expected
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
 def test_samples_are_sorted_by_width() -> None:
     bits = torch.tensor([8, 2, 0, 32, 7, 2, 4] * 30, dtype=torch.int32)
     order, starts = backend._sort_samples(bits)
