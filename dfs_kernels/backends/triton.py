@@ -595,7 +595,7 @@ def _conv_problem(kernel: str, call: ConvCall, form: str = "") -> Problem:
 def _float_precision() -> str:
     """TF32 only where PyTorch's own convolutions may use it."""
     # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if allowed and not _INTERPRETED else "ieee"
 
 
