@@ -282,10 +282,10 @@ def _head_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
 
 def _gate_part(model: DynamicResNet, index: int, channels: int, size: Size, batch: int) -> _Part:
     source = _new_source(model, channels, size, batch)
-    first = model.gate(index, model.features(source), None)
+    state = model.gate.run(index, source, None).state
 
     def run(x: Stream) -> object:
-        return model.gate(index, model.features(x), first.state)
+        return model.gate.run(index, x, state)
 
     return _Part(source, {_NO_WIDTH: run})
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfs.nn.gate import cheapest_argmax, straight_through
+from dfs.nn.gate import straight_through
 from dfs.nn.gates import RNNGate
+from dfs_kernels.reference import cheapest_argmax
 
 
 def test_equal_logits_go_to_the_cheapest_choice() -> None:
@@ -66,6 +67,19 @@ def test_batch_of_one_decides_as_in_a_larger_batch() -> None:
     for i in range(7):
         alone = gate(0, pooled[i : i + 1], None)
         assert alone.bits.tolist() == [together.bits[i].item()]
+
+
+def test_the_deployed_gate_decides_as_in_training() -> None:
+    gate = RNNGate([6, 12], (0, 4, 8))
+    features = [torch.randn(5, 6, 3, 4), torch.randn(5, 12, 2, 2)]
+    state = deployed_state = None
+    for index, x in enumerate(features):
+        trained = gate(index, x.double().mean((2, 3)), state)
+        deployed = gate.run(index, x, deployed_state)
+        assert torch.equal(deployed.bits, trained.bits)
+        assert torch.equal(deployed.mask, trained.mask)
+        torch.testing.assert_close(deployed.logits, trained.logits, rtol=1e-11, atol=1e-12)
+        state, deployed_state = trained.state, deployed.state
 
 
 def test_decisions_are_the_same_every_time() -> None:
