@@ -10,6 +10,7 @@ from typing import Any
 _LOWEST = {
     "batch_size": 2,
     "seed": 0,
+    "image_size": 0,
     "float_epochs": 1,
     "switch_epochs": 1,
     "gate_epochs": 1,
@@ -43,6 +44,9 @@ class TrainConfig:
 
     Attributes:
         dataset: name of the data set.
+        data: folder of its files; empty for a set that needs none.
+        image_size: side of the network's input for class folders; 0 is their default.
+        allow_unverified: data sets or files that may differ from their published checksums.
         model: name such as "resnet20".
         choices: ascending widths the gate picks from.
         stream: "uint8" or "float32".
@@ -58,6 +62,9 @@ class TrainConfig:
     """
 
     dataset: str = "digits"
+    data: str = ""
+    image_size: int = 0
+    allow_unverified: tuple[str, ...] = ()
     model: str = "resnet14"
     choices: tuple[int, ...] = (0, 2, 4, 8)
     stream: str = "uint8"

@@ -278,7 +278,8 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
     torch.nn.init.normal_(model.gate.proj.weight)
     images = torch.randn(128, 3, 8, 8)
     cost = PaperCost(model)
-    reached = calibrate_gate_bias(model, images, cost, target, 32)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    reached = calibrate_gate_bias(model, ImageSet(images, labels), cost, target, 32)
     with torch.no_grad():
         measured = float(cost(model.run(images).mask).double().mean())
     assert reached == pytest.approx(measured)
