@@ -56,15 +56,16 @@ class Augmentation:
 
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tensor:
     """Pixels (rows[n, i], columns[n, j]) of every image n."""
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     rows, columns = rows.to(images.device), columns.to(images.device)
-    sample = torch.arange(count, device=images.device)[:, None, None]
     inside_rows, inside_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    picked = images[sample, :, inside_rows[:, :, None], inside_columns[:, None]]
+    index = inside_rows[:, :, None] * width + inside_columns[:, None]
+    every_channel = index.view(count, 1, -1).expand(-1, channels, -1)
+    picked = images.flatten(2).gather(2, every_channel).view(images.shape)
     if border == "constant":
         inside = (rows == inside_rows)[:, :, None] & (columns == inside_columns)[:, None]
-        picked = picked * inside[..., None]
-    return picked.permute(0, 3, 1, 2).contiguous()
+        picked = picked * inside[:, None]
+    return picked
 
 
 def random_cut(width: int, height: int, generator: torch.Generator) -> Box:

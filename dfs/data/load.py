@@ -93,12 +93,12 @@ def recognise(folder: Path) -> str:
         for layout in reversed(small.layouts)
         if (place := layout.found_in(folder)) is not None
     }
-    if len(found) > 1:
+    if len({place for _, place in found.values()}) == 1:
         # MNIST and Fashion-MNIST call their files the same.
         exact = [name for name, (layout, place) in found.items() if _is_original(layout, place)]
-        if len(exact) != 1:
-            raise DataError(f"--data {folder}: could be {' or '.join(found)}; name it by --dataset")
-        return exact[0]
+        found = {name: found[name] for name in exact} or found
+    if len(found) > 1:
+        raise DataError(f"--data {folder}: could be {' or '.join(found)}; name it by --dataset")
     if found:
         return next(iter(found))
     if is_class_folders(folder):
