@@ -6,6 +6,7 @@ DIR/CLASS/... alone, of which a fifth is held out for testing.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,8 +167,9 @@ def _class_names(root: Path) -> Sequence[str]:
 
 
 def _has_classes(root: Path) -> bool:
-    """Whether there are folders with pictures in ``root``; looks at no more than it must."""
-    return any(next(_pictures(root / name), None) is not None for name in _class_names(root))
+    """Whether ``root`` has two folders with pictures, at least; looks at no more than it must."""
+    filled = (name for name in _class_names(root) if next(_pictures(root / name), None))
+    return len(list(itertools.islice(filled, 2))) == 2
 
 
 def _pictures(root: Path) -> Iterator[str]:

@@ -43,29 +43,27 @@ class _Array:
         self.value = array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
 
 
-def _reconstruct(*arguments: object) -> _Array:
-    return _Array()
-
-
-def _encode(text: object, encoding: object = "latin1") -> bytes:
-    """How Python 3 writes bytes in old protocols."""
-    if not isinstance(text, str) or _text(encoding) not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"encodes by {encoding!r}")
-    return text.encode("latin1")
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _ARRAY_MODULES and name == "_reconstruct":
-            return _reconstruct
+            return self._reconstruct
         if module == "numpy" and name in ("ndarray", "dtype"):
             return {"ndarray": _Array, "dtype": _Dtype}[name]
         if (module, name) == ("_codecs", "encode"):
-            return _encode
+            return self._encode
         raise pickle.UnpicklingError(f"names {module}.{name}, which is not data")
 
     def persistent_load(self, pid: object) -> Any:
         raise pickle.UnpicklingError("refers to something outside itself")
+
+    def _reconstruct(self, *arguments: object) -> _Array:
+        return _Array()
+
+    def _encode(self, text: object, encoding: object) -> bytes:
+        """How Python 3 writes bytes in old protocols."""
+        if not isinstance(text, str) or _text(encoding) not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"encodes by {encoding!r}")
+        return text.encode("latin1")
 
 
 def load_plain(content: bytes) -> Any:
