@@ -133,7 +133,7 @@ def test_common_formats_are_read(suffix: str, channels: int, tmp_path: Path) -> 
 def test_every_mode_becomes_opaque_colour(
     mode: str, colour: object, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
-    path = tmp_path / "a.png"
+    path = tmp_path / ("a.tif" if mode == "I" else "a.png")
     Image.new(mode, (4, 4), colour).save(path)  # type: ignore[arg-type]
     assert np.array(read_picture(path, 3))[1, 2].tolist() == list(expected)
 
