@@ -71,9 +71,7 @@ class AuthorsNetwork:
         return "cifar10" if self.classes == len(CIFAR10_CLASSES) else "cifar100"
 
 
-def import_authors(
-    source: Path, out: Path, choices: Sequence[int] | None = None
-) -> AuthorsNetwork:
+def import_authors(source: Path, out: Path, choices: Sequence[int] | None = None) -> AuthorsNetwork:
     """Write a checkpoint of this project from one of theirs.
 
     Args:

@@ -50,6 +50,7 @@ class TrainConfig:
         model: name such as "resnet20".
         choices: ascending widths the gate picks from.
         stream: "uint8" or "float32".
+        semantics: "default", or "paper": quantizer, BatchNorm and skipping of the paper's authors.
         target: the cost to train to, as a fraction of the full-precision network.
         cost: "paper" or "bitops".
         seed: decides initialization, data order, augmentation and every random draw.
@@ -68,6 +69,7 @@ class TrainConfig:
     model: str = "resnet14"
     choices: tuple[int, ...] = (0, 2, 4, 8)
     stream: str = "uint8"
+    semantics: str = "default"
     target: float = 0.04
     cost: str = "paper"
     seed: int = 0
@@ -124,6 +126,8 @@ class TrainConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.semantics not in ("default", "paper"):
+            raise ValueError(f"semantics must be 'default' or 'paper', got {self.semantics!r}")
         if self.cost not in ("paper", "bitops"):
             raise ValueError(f"cost must be 'paper' or 'bitops', got {self.cost!r}")
         if self.seed >= 1 << 31:

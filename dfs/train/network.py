@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dfs.data import Preprocessing
-from dfs.models import DynamicResNet, build_model
+from dfs.models import PAPER, DynamicResNet, build_model
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly
 from dfs.train.config import TrainConfig
 from dfs.train.stages import STAGES
@@ -25,7 +25,9 @@ class TrainedNetwork:
 
 def build_dynamic(config: TrainConfig, classes: int, channels: int) -> DynamicResNet:
     """The dynamic network that the settings describe, with fresh parameters."""
-    model = build_model(config.model, classes, channels, config.choices, config.stream)
+    options = dict(PAPER) if config.semantics == "paper" else {}
+    options |= {"choices": config.choices, "stream": config.stream}
+    model = build_model(config.model, classes, channels, **options)
     assert isinstance(model, DynamicResNet)
     return model
 

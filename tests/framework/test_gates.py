@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dfs.nn.gates import RNNGate, cheapest_argmax, straight_through
+from dfs.nn.gate import cheapest_argmax, straight_through
+from dfs.nn.gates import RNNGate
 
 
 def test_equal_logits_go_to_the_cheapest_choice() -> None:
