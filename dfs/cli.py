@@ -19,8 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dfs
+from dfs.data import AUTO, DATASETS, DataError, recognise
+from dfs.data.picture import PictureError
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
+from dfs.predict import Predictor, predictions_table
 from dfs.report import ResultRow, results_table
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
@@ -44,6 +47,18 @@ _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+_DATASET_HELP = f"Kind of data set: {', '.join((AUTO, *DATASETS))}."
+Dataset = Annotated[str | None, typer.Option(help=_DATASET_HELP)]
+Data = Annotated[Path | None, typer.Option(help="Folder of the data set's files.")]
+Waived = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-unverified-data",
+        help="A data set or file that may differ from its published checksum; may be repeated.",
+    ),
+]
+
+
 class UserError(Exception):
     """A mistake of the user's, told in one line."""
 
@@ -54,7 +69,7 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message(), USER_ERROR)
-    except (UserError, CheckpointError, ImportError, OSError) as error:
+    except (UserError, CheckpointError, DataError, ImportError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except StageError as error:
         _fail(str(error), RUN_FAILED)
@@ -104,6 +119,9 @@ def train(
         str | None, typer.Option(help="Widths on offer, such as 0,2,4,8 or 0,2,4,8,32.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    dataset: Dataset = None,
+    data: Data = None,
+    waived: Waived = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other setting, as name=value; may be repeated."),
@@ -116,12 +134,13 @@ def train(
     overrides = {name: value for name, value in given.items() if value is not None}
     checkpoint = out / "checkpoint.pt"
     if resume:
-        if overrides or setting:
-            raise UserError("--resume takes its settings from the run; give no others")
-        trainer = Trainer.load(out)
+        if overrides or setting or dataset or waived:
+            raise UserError("--resume takes its settings from the run; give none but --data")
+        trainer = Trainer.load(out, data_folder=data)
     else:
         if checkpoint.exists():
             raise UserError(f"{out} already holds a run; use --resume, or another --out")
+        overrides |= _data_settings(dataset, data, waived)
         trainer = _make_trainer(_configure(preset, overrides, setting or []), out)
     with _run_control() as control:
         finished = trainer.run(None, control.progress, control.stopping)
@@ -136,12 +155,13 @@ def train(
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
-    trainer = Trainer.load(run)
+    trainer = Trainer.load(run, data_folder=data)
     if not trainer.done:
         raise UserError(
             f"{run} is not finished: it is in stage {stage_names()[trainer.stage_index]!r}; "
@@ -183,6 +203,32 @@ def bench(
         _print_json(table.to_dict())
     else:
         Console().print(_latency_summary(table))
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any common format and size.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a finished run, or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Class, confidence, every block's bits, cost and time of each picture."""
+    found = list(Predictor.from_checkpoint(checkpoint).predict(images))
+    unreadable = [error for error in found if isinstance(error, PictureError)]
+    predictions = [one for one in found if not isinstance(one, PictureError)]
+    if as_json:
+        _print_json(
+            {
+                "checkpoint": str(checkpoint),
+                "predictions": [one.to_dict() for one in predictions],
+                "unreadable": [str(error) for error in unreadable],
+            }
+        )
+    elif predictions:
+        Console().print(predictions_table(predictions))
+    for error in unreadable:
+        print(f"dfs: {error}", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()
@@ -271,6 +317,24 @@ def _stopped(advice: str) -> int:
     return RUN_FAILED
 
 
+def _data_settings(
+    dataset: str | None, data: Path | None, waived: list[str] | None
+) -> dict[str, Any]:
+    """The settings that say which data to train on; a folder alone says what it holds."""
+    settings: dict[str, Any] = {}
+    if data is None and dataset == AUTO:
+        raise UserError("--dataset auto needs --data, the folder to look into")
+    if data is not None and dataset in (None, AUTO):
+        dataset = recognise(data)
+    if dataset is not None:
+        settings["dataset"] = dataset
+    if data is not None:
+        settings["data"] = str(data.resolve())
+    if waived:
+        settings["allow_unverified"] = tuple(waived)
+    return settings
+
+
 def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> TrainConfig:
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -333,10 +397,18 @@ def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
     rows.append(ResultRow(f"DFS, target {config.target:.2%}", evaluate(trainer.model, images)))
     if as_json:
         _print_json(
-            {"split": split, "config": config.to_dict(), "rows": [r.to_dict() for r in rows]}
+            {
+                "split": split,
+                "config": config.to_dict(),
+                "data": trainer.data.record(),
+                "rows": [r.to_dict() for r in rows],
+            }
         )
         return
     title = f"{config.model} on {config.dataset}, {len(images)} {split} images"
+    unverified = trainer.data.record()["unverified"]
+    if unverified:
+        title += f"; not as published: {', '.join(unverified)}"
     Console().print(results_table(rows, title))
 
 

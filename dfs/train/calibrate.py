@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs.cost import Cost
+from dfs.data import Images
 from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
@@ -273,7 +274,7 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
 
 @torch.no_grad()
 def calibrate_gate_bias(
-    model: DynamicResNet, images: Tensor, cost: Cost, target: float, batch_size: int
+    model: DynamicResNet, images: Images, cost: Cost, target: float, batch_size: int
 ) -> float:
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
@@ -292,8 +293,8 @@ def calibrate_gate_bias(
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)
         total = 0.0
-        for start in range(0, len(images), batch_size):
-            out = model.run(images[start : start + batch_size])
+        for batch in images.batches(batch_size):
+            out = model.run(batch.images)
             total += float(cost(out.mask).double().sum())
         return total / len(images)
 

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dfs.cli import main
+from dfs.data.cifar import CIFAR10_CLASSES
+from tests.framework import data_files
 
 _SMALL = [
     *("--model", "resnet8", "--target", "0.03"),
@@ -60,6 +63,16 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--set", "cost=joules"], "cost"),
         (["train", "--out", "{tmp}", "--set", "float_lr=nan"], "float_lr"),
         (["train", "--out", "{tmp}", "--resume"], "no such checkpoint"),
+        (["train", "--out", "{tmp}", "--data", "{tmp}"], "holds neither class folders nor"),
+        (["train", "--out", "{tmp}", "--data", "{tmp}/nowhere"], "no such folder"),
+        (["train", "--out", "{tmp}", "--dataset", "cats"], "dataset must be one of digits"),
+        (["train", "--out", "{tmp}", "--dataset", "cifar10"], "--data DIR"),
+        (["train", "--out", "{tmp}", "--dataset", "auto"], "--dataset auto needs --data"),
+        (["train", "--out", "{tmp}", "--dataset", "digits", "--data", "{tmp}"], "no data folder"),
+        (["train", "--out", "{tmp}", "--set", "image_size=9"], "image_size is for class folders"),
+        (["train", "--out", "{tmp}", "--resume", "--dataset", "mnist"], "none but --data"),
+        (["predict", "--checkpoint", "{tmp}", "a.png"], "no such checkpoint"),
+        (["predict", "a.png"], "--checkpoint"),
         (["eval", "{tmp}"], "no such checkpoint"),
         (["eval", "{tmp}", "--split", "train"], "--split"),
     ],
@@ -116,6 +129,45 @@ def test_exit_points_are_pairs(
     code, _, error = _in_process(arguments, monkeypatch, capsys)
     assert code == 2
     assert "exit_points takes WIDTH:POINTS pairs" in error
+
+
+@pytest.mark.slow
+def test_a_run_on_the_users_files_trains_evaluates_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, run = tmp_path / "files", tmp_path / "run"
+    data_files.write(files, data_files.cifar10_binary(8))
+    names = ("batch_size=16", "float_epochs=1", "gate_epochs=1", "batchnorm_images=16")
+    settings = [word for name in names for word in ("--set", name)]
+    command = ["train", "--out", str(run), *_SMALL, *settings, "--data", str(files)]
+    code, _, error = _in_process(command, monkeypatch, capsys)
+    assert code == 2
+    assert "data_batch_1.bin: its md5 sum is" in error
+    command += ["--allow-unverified-data", "cifar10", "--json"]
+    code, out, error = _in_process(command, monkeypatch, capsys)
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["config"]["dataset"] == "cifar10"
+    assert told["config"]["data"] == str(files)
+    assert len(told["data"]["unverified"]) == 6
+
+    moved = files.rename(tmp_path / "moved")
+    code, _, error = _in_process(["eval", str(run)], monkeypatch, capsys)
+    assert code == 2
+    assert f"--data {files}: no such folder" in error
+    code, out, error = _in_process(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    assert code == 0, error
+    assert "8 test images; not as published: data_batch_1.bin" in " ".join(out.split())
+    data_files.write(moved, {f"{name}.bin": b"" for name in data_files.CIFAR10_FILES})
+    code, _, error = _in_process(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    assert code == 2
+    assert "not whole records" in error
+
+    Image.new("RGBA", (50, 40), "red").save(tmp_path / "red.png")
+    command = ["predict", "--checkpoint", str(run), str(tmp_path / "red.png"), "--json"]
+    code, out, error = _in_process(command, monkeypatch, capsys)
+    assert code == 0, error
+    assert json.loads(out)["predictions"][0]["class_name"] in CIFAR10_CLASSES
 
 
 @pytest.mark.slow
