@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +23,30 @@ from dfs.models import DynamicResNet, build_model
 from dfs.nn import replicas
 from dfs.predict import Predictor, predictions_table
 from dfs.progress import run_control
-from dfs.report import ResultRow, results_table
-from dfs.settings import configure, contradictions, parse_widths
+from dfs.report import (
+    COST_LABELS,
+    REPORT_NAME,
+    TABLE_NAMES,
+    ResultRow,
+    SummaryRow,
+    describe_result,
+    plot_run,
+    plot_tradeoff,
+    read_tables,
+    results_table,
+    rich_summary,
+    summarise,
+    write_run_report,
+    write_sweep_report,
+    write_tables,
+)
+from dfs.settings import configure, contradictions, parse_numbers, parse_widths
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
 from dfs.train.distributed import joined
 from dfs.train.network import CHECKPOINT_NAME
 from dfs.train.plan import TimePlan
+from dfs.train.sweep import METHODS, Sweep
 
 RUN_FAILED = 1
 USER_ERROR = 2
@@ -157,7 +175,7 @@ def train(
     Exits with 0 when done, 1 if a stage or the target was missed, 2 for a mistake, and 3 if it was
     stopped, by a signal or --max-minutes, and saved. Under torchrun, processes share every batch.
     """
-    given = {
+    given: dict[str, Any] = {
         "target": target,
         "model": model,
         "gate": gate,
@@ -232,6 +250,122 @@ def evaluate_run(
             "dfs train --resume goes on with it"
         )
     _report_run(trainer, split, as_json)
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")],
+    preset: Preset = None,
+    targets: Annotated[
+        str, typer.Option(help="Cost targets, as fractions of full precision.")
+    ] = "0.04,0.02,0.01",
+    seeds: Annotated[str, typer.Option(help="One run of everything for each.")] = "0",
+    methods: Annotated[
+        str,
+        typer.Option(help=f"What to compare, out of {','.join(METHODS)}, or all."),
+    ] = "all",
+    model: Annotated[str | None, typer.Option(help="Such as resnet20 or resnet50.")] = None,
+    dataset: Dataset = None,
+    data: Data = None,
+    waived: Waived = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
+    ] = None,
+    setting: Setting = None,
+    max_minutes: MaxMinutes = None,
+    as_json: Json = False,
+) -> None:
+    """Dynamic networks at several targets, beside what they must beat, in one table.
+
+    All are trained with the same teacher and as many sample passes; what they can share is trained
+    once. Killed at any moment, the same command goes on. Writes table.md, table.csv and table.json.
+    """
+    overrides: dict[str, Any] = {} if model is None else {"model": model}
+    overrides |= _data_settings(dataset, data, waived)
+    with _user_errors():
+        planned = Sweep(
+            configure(preset, overrides, setting or []),
+            out,
+            parse_numbers(targets, "--targets", float),
+            parse_numbers(seeds, "--seeds", int),
+            tuple(METHODS) if methods == "all" else tuple(methods.split(",")),
+            latency_table=None if latency_table is None else LatencyTable.load(latency_table),
+        )
+        planned.check()
+    title = f"{planned.base.model} on {planned.base.dataset}"
+
+    def write() -> list[SummaryRow]:
+        rows = summarise(planned.results())
+        about = {"title": title, "left_out": planned.skipped, "base": planned.base.to_dict()}
+        write_tables(out, rows, about)
+        return rows
+
+    with run_control(max_minutes) as control:
+        for reason in planned.skipped:
+            control.say(f"left out: {reason}")
+
+        def finished(result: dict[str, Any]) -> None:
+            write()
+            control.say(describe_result(result))
+
+        done = planned.run(control.sweep_progress, control.stopping, finished)
+    rows = write()
+    if not done:
+        raise typer.Exit(_stopped(f"{len(planned.results())} results; the same command goes on"))
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        Console().print(rich_summary(rows, title))
+
+
+@app.command()
+def plot(
+    source: Annotated[Path, typer.Argument(help="Folder of a sweep or of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the PNGs; by default plots in SOURCE.")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """PNGs: of a sweep, accuracy over each cost; of a run, its decisions and extreme images."""
+    folder = out or source / "plots"
+    with _user_errors():
+        if _is_sweep(source):
+            rows = read_tables(source)
+            written = [
+                folder / f"accuracy-{cost}.png"
+                for cost in COST_LABELS
+                if plot_tradeoff(folder / f"accuracy-{cost}.png", rows, cost)
+            ]
+        else:
+            written = plot_run(Trainer.load(source, data_folder=data), folder)
+    for path in written:
+        print(path)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a sweep.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; by default report.html in SOURCE.")
+    ] = None,
+    data: Data = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page on a run or a sweep."""
+    path = out or source / REPORT_NAME
+    with _user_errors():
+        if _is_sweep(source):
+            write_sweep_report(source, path)
+        else:
+            table = None if latency_table is None else LatencyTable.load(latency_table)
+            write_run_report(Trainer.load(source, data_folder=data), path, table)
+    print(path)
+
+
+def _is_sweep(folder: Path) -> bool:
+    return (folder / TABLE_NAMES[-1]).exists()
 
 
 @app.command()
@@ -370,7 +504,9 @@ def _user_errors() -> Iterator[None]:
 def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
     with _user_errors():
-        return Trainer(config, out)
+        trainer = Trainer(config, out)
+        trainer.check_target()
+    return trainer
 
 
 def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:

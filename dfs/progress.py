@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dfs.nn import replicas
 from dfs.train.plan import TimePlan
+from dfs.train.sweep import SweepProgress
 
 
 class RunControl:
@@ -59,6 +60,18 @@ class RunControl:
             self._plan_shown = True
             self._bars.console.print(plan_table(plan))
         return f"{format_minutes(seconds)} to go"
+
+    def sweep_progress(self, at: SweepProgress) -> None:
+        """The same of a sweep, which knows itself how long it has to go."""
+        left = "" if at.seconds_left is None else f"{format_minutes(at.seconds_left)} to go  "
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in at.measured.items())
+        label = f"{at.done + 1}/{at.entries} {at.label}: {at.stage}"
+        if label != self._stage:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._stage = label
+            self._task = self._bars.add_task(label, total=at.steps, shown="")
+        self._bars.update(self._task, completed=at.step, shown=left + shown)
 
     def say(self, text: str) -> None:
         """A line above the bars."""

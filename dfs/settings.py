@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from dfs.data.load import DIGITS
 from dfs.train.config import TrainConfig
 from dfs.train.presets import load_preset
 
+Number = TypeVar("Number", int, float)
+
 # Where nothing is said: what needs no files, and what suits a full-size data set.
 _SMALL_PRESET, _PRESET = "digits", "fast"
-_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 
 
 def configure(
@@ -75,6 +77,14 @@ def parse_widths(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError as error:
         raise ValueError(f"{name} must be widths such as 0,2,4,8, got {text!r}") from error
+
+
+def parse_numbers(text: str, name: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Numbers such as "0.04,0.02"."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error
 
 
 def _parse(name: str, text: str) -> Any:

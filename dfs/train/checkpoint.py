@@ -22,7 +22,6 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values; an existing file is replaced only by a complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
@@ -36,6 +35,7 @@ def write_beside(path: Path, text: str) -> None:
 @contextmanager
 def _beside(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dfs.data import ImageSet
 from dfs.models import DynamicResNet
-from dfs.nn import LSQ, DFSConv2d, replicas
+from dfs.nn import LSQ, DFSConv2d, StreamQuantizer, replicas
 
 
 @contextmanager
@@ -99,7 +99,8 @@ def correct_step_gradients(model: DynamicResNet) -> None:
         if isinstance(module, DFSConv2d) and isinstance(module.quantizer, LSQ):
             _correct_input_step(module)
     for stream in model.streams:
-        stream.step.register_hook(_by_slices)  # type: ignore[operator, union-attr]
+        assert isinstance(stream, StreamQuantizer)
+        stream.step.register_hook(_by_slices)
 
 
 def _by_slices(grad: Tensor) -> Tensor:
@@ -108,9 +109,11 @@ def _by_slices(grad: Tensor) -> Tensor:
 
 def _correct_input_step(conv: DFSConv2d) -> None:
     shares = [torch.ones(len(conv.bit_options))]
+    assert isinstance(conv.quantizer, LSQ)
+    step = conv.quantizer.input_step
 
     def count_samples(module: nn.Module, args: tuple[Tensor, int | Tensor | None]) -> None:
-        learning = torch.is_grad_enabled() and conv.quantizer.input_step.requires_grad
+        learning = torch.is_grad_enabled() and step.requires_grad
         if not (replicas.active() and learning) or len(args) < 2 or args[1] is None:
             return
         bits = torch.as_tensor(args[1]).expand(args[0].shape[0])
@@ -121,4 +124,4 @@ def _correct_input_step(conv: DFSConv2d) -> None:
         return grad * shares[0].to(grad) if replicas.active() else grad
 
     conv.register_forward_pre_hook(count_samples)  # type: ignore[arg-type]
-    conv.quantizer.input_step.register_hook(correct)
+    step.register_hook(correct)

@@ -46,7 +46,7 @@ class Trainer:
         data: the data set, loaded by the config's name if None.
 
     Raises:
-        ValueError: a setting that does not fit the data, or a target that the choices can't cost.
+        ValueError: a setting that does not fit the data.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = folder
-        self.data = data if data is not None else _load_data(config)
+        self.data = data if data is not None else load_data(config)
         torch.manual_seed(config.seed)
         plain = build_model(config.model, self.data.classes, self.data.channels, None)
         assert isinstance(plain, PlainResNet)
@@ -63,7 +63,6 @@ class Trainer:
         correct_step_gradients(self.model)
         self.stages = stages_of(config)
         self.cost = self._make_cost()
-        self._check_reach()
         self.teacher = _load_teacher(config, self.data) if config.teacher else None
         self.stage_index = 0
         self.step = 0
@@ -82,8 +81,8 @@ class Trainer:
         loaded = LatencyTable.load(Path(table)) if table else None
         return make_cost(self.config.cost, self.model, self.data.image_size, loaded)
 
-    def _check_reach(self) -> None:
-        """ValueError if no decisions cost the target."""
+    def check_target(self) -> None:
+        """ValueError, with the range, if no decisions cost the target."""
         costs = self.cost.of_choices()
         low, high, target = float(costs.min()), float(costs.max()), self.config.target
         if self.config.recipe != "static" and not low <= target <= high:
@@ -147,8 +146,11 @@ class Trainer:
 
         Raises:
             StageError: a stage's exit check did not pass; its checkpoint is kept.
+            ValueError: the choices can't cost the target; nothing was trained.
         """
         last = len(self.stages) if until is None else until
+        if last > shareable_stages(self.config):
+            self.check_target()
         taken = 0
         while self.stage_index < last:
             stage = self._current()
@@ -272,7 +274,8 @@ def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
     return {"name": record["name"], **{k: preprocessing.get(k) for k in ("size", "class_names")}}
 
 
-def _load_data(config: TrainConfig) -> DataSplits:
+def load_data(config: TrainConfig) -> DataSplits:
+    """The data set that the settings name."""
     folder = Path(config.data) if config.data else None
     waived = config.allow_unverified
     return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
