@@ -139,9 +139,9 @@ def batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     result, mean, var, elements = _SyncedBatchNorm.apply(x, weight, bias, eps)
     unbiased = var * elements / (elements - 1).clamp_min(1)
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean), momentum)
-        running_var.lerp_(unbiased.to(running_var), momentum)
+    # Rows of one buffer: another row may be waiting for its backward, and does not change.
+    running_mean.data.lerp_(mean.to(running_mean), momentum)
+    running_var.data.lerp_(unbiased.to(running_var), momentum)
     return result
 
 
