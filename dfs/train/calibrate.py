@@ -272,6 +272,17 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
         stream = model.step(index, stream, drawn)
 
 
+def cost_direction(cost: Cost) -> Tensor:
+    """How much each choice's logit moves when the gate is tilted, float64 (choices,), 0 to 1.
+
+    In proportion to the cost, as in minimizing loss + weight * cost: a skip, which saves next to
+    nothing over 2 bits, is hardly made likelier by what brings down 8 bits.
+    """
+    per_choice = cost.of_choices()
+    spread = per_choice - per_choice.min()
+    return spread / spread.max()
+
+
 @torch.no_grad()
 def calibrate_gate_bias(
     model: DynamicResNet, images: Images, cost: Cost, target: float, batch_size: int
@@ -285,11 +296,7 @@ def calibrate_gate_bias(
         The mean cost reached.
     """
     model.eval()
-    per_choice = cost.of_choices()
-    # In proportion to the cost, as in minimizing loss + weight * cost: a skip, which saves next to
-    # nothing over 2 bits, is not made likelier by what brings down 8 bits.
-    spread = per_choice - per_choice.min()
-    spread = spread / spread.max()
+    spread = cost_direction(cost)
 
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)

@@ -28,6 +28,7 @@ _LOWEST = {
     "diversity": 0,
     "lambda_start": 0,
     "lambda_rate": 0,
+    "steering": 0,
 }
 _POSITIVE = (
     "float_lr",
@@ -85,6 +86,7 @@ class TrainConfig:
         beta: of the paper's loss: cross-entropy + sign * beta * summed cost.
         exit_points: how many points of validation accuracy each width may lose to full precision
             before the gates are trained.
+        steering: how fast the gate's logits are tilted towards the target in joint training.
         gate_every: joint steps on the weights for one step on the gates.
         batchnorm_images: training images from which BatchNorm statistics are estimated.
         batchnorm_min_routed: a block and width with fewer samples keeps its statistics.
@@ -139,6 +141,7 @@ class TrainConfig:
     beta: float = 1e-5
     lambda_start: float = 0.1
     lambda_rate: float = 0.01
+    steering: float = 0.2
 
     settle_fraction: float = 0.1
     batchnorm_images: int = 8192

@@ -34,6 +34,7 @@ from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer, replicas
 from dfs.train.calibrate import (
     calibrate_gate_bias,
     calibrate_steps,
+    cost_direction,
     estimate_every_width,
     reestimate_batchnorm,
     standardise_gates,
@@ -292,18 +293,31 @@ class GateLearner:
         self.model = trainer.model
         self.cost = trainer.cost
         self.micro_batches = config.micro_batches
+        self.direction = cost_direction(self.cost)
         self.optimizer = torch.optim.Adam(self.model.gate.parameters(), lr)
         self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
 
     def step(
-        self, batch: ImageSet, temperature: float, progress: float, diversity_weight: float
+        self,
+        batch: ImageSet,
+        temperature: float,
+        progress: float,
+        diversity_weight: float,
+        steering: float = 0.0,
     ) -> dict[str, float]:
-        """One step on the gates alone; the loss sees what every choice would have given."""
+        """One step on the gates alone; the loss sees what every choice would have given.
+
+        Args:
+            steering: tilt the logits by cost as well, by this share of their deviation for a cost
+                that is off the target by all of it. The weight of the cost alone is slow to turn
+                gates that are sure, and the weights would be trained for decisions that are not
+                those in the end.
+        """
         model, controller = self.model.train(), self.controller
         freeze_batchnorm(model)
         others = [p for n, p in model.named_parameters() if not n.startswith("gate.")]
         set_trainable(others, False)
-        measured = torch.zeros(2, dtype=torch.float64)
+        measured = torch.zeros(3, dtype=torch.float64)
 
         def loss_of(part: ImageSet) -> Tensor:
             out = model.run(part.images, temperature=temperature, gate_gradient=True)
@@ -311,7 +325,8 @@ class GateLearner:
             spent = self.cost(out.mask).mean()
             loss = F.cross_entropy(out.logits, part.labels)
             share = len(part) / len(batch)
-            measured.add_(torch.tensor([loss.item(), spent.item()]) * share)
+            deviation = out.gate_logits.detach().std(-1).mean()
+            measured.add_(torch.tensor([loss.item(), spent.item(), deviation.item()]) * share)
             total = loss + controller.weight * spent / controller.target_at(progress)
             return total - diversity_weight * diversity(out.gate_logits)
 
@@ -320,7 +335,9 @@ class GateLearner:
         average_gradients(self.optimizer)
         self.optimizer.step()
         set_trainable(others, True)
-        loss, spent = (replicas.total(measured) / replicas.count()).tolist()
+        loss, spent, deviation = (replicas.total(measured) / replicas.count()).tolist()
+        off = max(-1.0, min(1.0, spent / controller.target_at(progress) - 1))
+        model.gate.choice_bias.sub_(steering * deviation * off * self.direction)
         controller.update(spent, progress)
         return {"gate_loss": loss, "cost": spent, "lambda": controller.weight}
 
@@ -494,7 +511,7 @@ class JointStage(WeightStage):
     """S4: weights on their images, gates on theirs, in turn; the cost comes down to the target."""
 
     name = "S4 joint"
-    settings = ("joint_epochs", "joint_lr", "joint_gate_lr", "explore", "gate_every")
+    settings = ("joint_epochs", "joint_lr", "joint_gate_lr", "explore", "gate_every", "steering")
     passes = 6.0
 
     def __init__(self, trainer: Trainer) -> None:
@@ -513,7 +530,7 @@ class JointStage(WeightStage):
         if step % config.gate_every == 0:
             batch = self.gate_batch(step // config.gate_every)
             measured = self.learner.step(
-                batch, config.gumbel_end, progress, config.diversity * left
+                batch, config.gumbel_end, progress, config.diversity * left, config.steering
             )
         # The last tenth of the joint training belongs to the settling stage's learning rate.
         lr = config.joint_lr * max(decay(config, step, self.steps()), config.settle_fraction)

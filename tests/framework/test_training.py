@@ -26,22 +26,12 @@ from dfs.train.recipes import stages_of
 from dfs.train.stages import distillation, diversity
 from dfs.train.trainer import SHARED_STAGES
 from dfs_kernels import reference
-from tests.framework.helpers import TINY, settled_model, tiny_data
+from tests.framework.helpers import TINY, equal_content, settled_model, tiny_data
 
 
 @pytest.fixture(scope="module")
 def data() -> DataSplits:
     return tiny_data()
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_same, first, second))
-    return bool(first == second)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +65,7 @@ def test_stopping_and_resuming_changes_no_bit(
         trainer = Trainer.load(tmp_path, data)
         sessions += 1
     assert sessions > _total_steps(data) // every - 1
-    assert _same(
+    assert equal_content(
         load_checkpoint(tmp_path / "checkpoint.pt"), load_checkpoint(straight / "checkpoint.pt")
     )
     assert _lines(tmp_path) == _lines(straight)
@@ -96,7 +86,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     resumed = Trainer.load(tmp_path, data)
     assert (resumed.stage_index, resumed.step) == (4, 3)
     assert resumed.run()
-    assert _same(
+    assert equal_content(
         load_checkpoint(tmp_path / "checkpoint.pt"), load_checkpoint(straight / "checkpoint.pt")
     )
     assert _lines(tmp_path) == _lines(straight)
@@ -106,7 +96,7 @@ def test_a_seed_decides_everything(data: DataSplits, straight: Path, tmp_path: P
     other = Trainer(replace(TINY, seed=1), tmp_path, data)
     other.run()
     first = load_checkpoint(straight / "checkpoint.pt")["model"]
-    assert not _same(first, other.model.state_dict())
+    assert not equal_content(first, other.model.state_dict())
 
 
 def test_forks_share_what_came_before_them(data: DataSplits, straight: Path) -> None:
@@ -114,7 +104,7 @@ def test_forks_share_what_came_before_them(data: DataSplits, straight: Path) -> 
     assert shared.run(SHARED_STAGES)
     fork = shared.fork(TINY)
     assert fork.run()
-    assert _same(fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"])
+    assert equal_content(fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"])
     with pytest.raises(ValueError, match="forked"):
         fork.fork(TINY)
 
