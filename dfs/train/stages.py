@@ -511,7 +511,15 @@ class JointStage(WeightStage):
     """S4: weights on their images, gates on theirs, in turn; the cost comes down to the target."""
 
     name = "S4 joint"
-    settings = ("joint_epochs", "joint_lr", "joint_gate_lr", "explore", "gate_every", "steering")
+    settings = (
+        "joint_epochs",
+        "joint_lr",
+        "joint_gate_lr",
+        "explore",
+        "gate_every",
+        "steering",
+        "settle_fraction",
+    )
     passes = 6.0
 
     def __init__(self, trainer: Trainer) -> None:

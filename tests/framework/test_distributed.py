@@ -17,7 +17,6 @@ from tests.framework.helpers import tiny_data
 from tests.framework.train_together import CONFIG
 
 
-
 def _train(folder: Path, processes: int) -> list[dict[str, Any]]:
     """Train in so many processes; what each of them came to."""
     folder.mkdir()

@@ -108,8 +108,8 @@ def test_a_sweep_stopped_at_every_turn_comes_to_the_same_results(
 def test_static_networks_get_the_passes_of_the_dynamic_one(data: DataSplits) -> None:
     config = replace(TINY, recipe="static", static_widths=(2,))
     passes = dynamic_passes(TINY, data)
-    # Gates: 2 epochs of 2 batches. Joint: 2 epochs of 4, a step on gates for every second. Settling:
-    # a tenth of 8 steps.
+    # Gates: 2 epochs of 2 batches. Joint: 2 epochs of 4, a step on gates for every second.
+    # Settling: a tenth of 8 steps.
     assert passes == 16 * (4 + 8 + 4 + 1)
     assert stages_of(config)[-1].length(config, data) == 17
     full = replace(config, static_widths=(32,))

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +96,40 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert _lines(tmp_path) == _lines(straight)
 
 
+@pytest.mark.slow
+def test_killing_at_random_moments_changes_nothing_and_costs_little() -> None:
+    command = [sys.executable, "-m", "tests.framework.kill_and_resume", "--runs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (disturbed,) = found["disturbed"]
+    assert disturbed["killed"] == 3
+    assert disturbed["same"]
+    assert found["steps"] <= disturbed["steps"] <= 1.2 * found["steps"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    data: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(TINY, tmp_path, data)
+    trainer.run(max_steps=3)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.run(max_steps=3)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not [f.name for f in tmp_path.iterdir() if f.name.startswith(".")]
+    resumed = Trainer.load(tmp_path, data)
+    assert (resumed.stage_index, resumed.step) == (0, 3)
+    assert resumed.run(max_steps=1) is False
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_a_seed_decides_everything(data: DataSplits, straight: Path, tmp_path: Path) -> None:
     other = Trainer(replace(TINY, seed=1), tmp_path, data)
     other.run()
@@ -104,7 +142,9 @@ def test_forks_share_what_came_before_them(data: DataSplits, straight: Path) -> 
     assert shared.run(SHARED_STAGES)
     fork = shared.fork(TINY)
     assert fork.run()
-    assert equal_content(fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"])
+    assert equal_content(
+        fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"]
+    )
     with pytest.raises(ValueError, match="forked"):
         fork.fork(TINY)
 
