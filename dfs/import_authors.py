@@ -70,6 +70,9 @@ class AuthorsNetwork:
     def dataset(self) -> str:
         return "cifar10" if self.classes == len(CIFAR10_CLASSES) else "cifar100"
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"depth": self.depth, "dataset": self.dataset, "choices": list(self.choices)}
+
 
 def import_authors(source: Path, out: Path, choices: Sequence[int] | None = None) -> AuthorsNetwork:
     """Write a checkpoint of this project from one of theirs.
@@ -248,7 +251,7 @@ def _norm(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
 def _reshaped(value: Tensor, ours: str) -> Tensor:
     """A row per BatchNorm, a matrix per embedding, a 1x1 convolution as the classifier."""
     if re.search(r"(^|\.)bn", ours):
-        return value[None].float()
+        return value[None]
     if ours.startswith("gate.embed") and value.dim() == 4:
         return value.flatten(1)
     if ours == "classifier.weight":
@@ -262,12 +265,3 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, source: Path
     if state[name].dim() != dimensions:
         raise CheckpointError(f"{source}: {name!r} has shape {tuple(state[name].shape)}")
     return list(state[name].shape)
-
-
-def summary(found: AuthorsNetwork) -> dict[str, Any]:
-    """What was found, for people and machines."""
-    return {
-        "model": f"resnet{found.depth}",
-        "dataset": found.dataset,
-        "choices": list(found.choices),
-    }

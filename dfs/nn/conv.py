@@ -158,7 +158,7 @@ class DFSConv2d(nn.Conv2d):
         widths = widths_of(bits, x.shape[0], x.device)
         options = (*self.bit_options, 32)
         check_bits(widths, options)
-        x = x.float()
+        x = x.to(self.weight.dtype)
         empty = super().forward(x[:0])
         result = empty.new_zeros(x.shape[0], *empty.shape[1:])
         for width in options:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dfs.cli import main
 from dfs.data.cifar import CIFAR10_CLASSES
 from tests.framework import data_files
+from tests.framework.helpers import run_dfs
 
 _SMALL = [
     *("--model", "resnet8", "--target", "0.03"),
@@ -22,17 +22,6 @@ _SMALL = [
     # So short a training may end anywhere.
     *("--set", "exit_points="),
 ]
-
-
-def _in_process(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["dfs", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    printed = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, printed.out, printed.err
 
 
 def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +74,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    code, out, error = _in_process(filled, monkeypatch, capsys)
+    code, out, error = run_dfs(filled, monkeypatch, capsys)
     assert code == 2
     assert named in error
     assert len(error.strip().splitlines()) == 1
@@ -99,7 +88,7 @@ def test_a_folder_that_is_a_file_is_one_line_and_exit_code_2(
     path = tmp_path / "file"
     path.write_text("kept")
     for command in ("train", "demo"):
-        code, _, error = _in_process([command, "--out", str(path)], monkeypatch, capsys)
+        code, _, error = run_dfs([command, "--out", str(path)], monkeypatch, capsys)
         assert code == 2
         assert str(path) in error
         assert "Traceback" not in error
@@ -117,7 +106,7 @@ def test_info_tells_the_backends_as_json() -> None:
 def test_info_is_readable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, error = _in_process(["info"], monkeypatch, capsys)
+    code, out, error = run_dfs(["info"], monkeypatch, capsys)
     assert code == 0, error
     assert "backend cpu" in out
 
@@ -126,7 +115,7 @@ def test_exit_points_are_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", "--out", str(tmp_path / "run"), "--set", "exit_points=4:x"]
-    code, _, error = _in_process(arguments, monkeypatch, capsys)
+    code, _, error = run_dfs(arguments, monkeypatch, capsys)
     assert code == 2
     assert "exit_points takes WIDTH:POINTS pairs" in error
 
@@ -140,11 +129,11 @@ def test_a_run_on_the_users_files_trains_evaluates_and_predicts(
     names = ("batch_size=16", "float_epochs=1", "gate_epochs=1", "batchnorm_images=16")
     settings = [word for name in names for word in ("--set", name)]
     command = ["train", "--out", str(run), *_SMALL, *settings, "--data", str(files)]
-    code, _, error = _in_process(command, monkeypatch, capsys)
+    code, _, error = run_dfs(command, monkeypatch, capsys)
     assert code == 2
     assert "data_batch_1.bin: its md5 sum is" in error
     command += ["--allow-unverified-data", "cifar10", "--json"]
-    code, out, error = _in_process(command, monkeypatch, capsys)
+    code, out, error = run_dfs(command, monkeypatch, capsys)
     assert code == 0, error
     told = json.loads(out)
     assert told["config"]["dataset"] == "cifar10"
@@ -152,20 +141,20 @@ def test_a_run_on_the_users_files_trains_evaluates_and_predicts(
     assert len(told["data"]["unverified"]) == 6
 
     moved = files.rename(tmp_path / "moved")
-    code, _, error = _in_process(["eval", str(run)], monkeypatch, capsys)
+    code, _, error = run_dfs(["eval", str(run)], monkeypatch, capsys)
     assert code == 2
     assert f"--data {files}: no such folder" in error
-    code, out, error = _in_process(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    code, out, error = run_dfs(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
     assert code == 0, error
     assert "8 test images; not as published: data_batch_1.bin" in " ".join(out.split())
     data_files.write(moved, {f"{name}.bin": b"" for name in data_files.CIFAR10_FILES})
-    code, _, error = _in_process(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    code, _, error = run_dfs(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
     assert code == 2
     assert "not whole records" in error
 
     Image.new("RGBA", (50, 40), "red").save(tmp_path / "red.png")
     command = ["predict", "--checkpoint", str(run), str(tmp_path / "red.png"), "--json"]
-    code, out, error = _in_process(command, monkeypatch, capsys)
+    code, out, error = run_dfs(command, monkeypatch, capsys)
     assert code == 0, error
     assert json.loads(out)["predictions"][0]["class_name"] in CIFAR10_CLASSES
 
