@@ -141,12 +141,12 @@ class LatencyTable:
             raise ValueError(f"latency table: no entry for {part!r} at {bits} bits; {known}")
         return found
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON, beside and renamed."""
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`save` writes."""
         parts: dict[str, dict[str, float]] = {}
         for (part, bits), milliseconds in self.entries.items():
             parts.setdefault(part, {})[str(bits)] = milliseconds
-        content = {
+        return {
             "version": TABLE_FORMAT_VERSION,
             "stream": self.stream,
             "batch": self.batch,
@@ -154,8 +154,11 @@ class LatencyTable:
             "machine": dict(self.machine),
             "milliseconds_per_image": parts,
         }
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, beside and renamed."""
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(beside, path)
 
     @staticmethod
@@ -279,10 +282,10 @@ def _head_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
 
 def _gate_part(model: DynamicResNet, index: int, channels: int, size: Size, batch: int) -> _Part:
     source = _new_source(model, channels, size, batch)
-    first = model.gate(index, model.features(source), None)
+    state = model.gate.run(index, source, None).state
 
     def run(x: Stream) -> object:
-        return model.gate(index, model.features(x), first.state)
+        return model.gate.run(index, x, state)
 
     return _Part(source, {_NO_WIDTH: run})
 

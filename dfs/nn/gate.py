@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = tuple[Tensor, Tensor]
+from dfs.nn.stream import pooled_features
+from dfs_kernels import PackedActivation
+from dfs_kernels.reference import cheapest_argmax
+
+# What a gate hands to the next, such as the output and the memory of an LSTM so far.
+State = Tensor
 
 # How close to the cheapest and to the dearest choice a gate may start, as shares of the range.
 _LOWER_MARGIN = 0.01
@@ -33,14 +38,6 @@ class GateDecision(NamedTuple):
     mask: Tensor
     logits: Tensor
     state: State | None
-
-
-def cheapest_argmax(logits: Tensor) -> Tensor:
-    """Index of the largest logit in the last dimension, the lowest index among equals."""
-    count = logits.shape[-1]
-    index = torch.arange(count, device=logits.device).expand_as(logits)
-    best = logits == logits.amax(-1, keepdim=True)
-    return torch.where(best, index, count - 1).amin(-1)
 
 
 def straight_through(logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
@@ -107,6 +104,19 @@ class Gate(nn.Module):
             temperature: Gumbel temperature while training; None takes the argmax.
         """
         raise NotImplementedError
+
+    def run(
+        self, index: int, features: Tensor | PackedActivation, state: State | None
+    ) -> GateDecision:
+        """Decide one block as it is deployed: no gradient, no noise.
+
+        Args:
+            features: (N, C, H, W), what the blocks before it have left.
+            state: the previous gate's, or None at the first.
+        """
+        with torch.no_grad():
+            decision: GateDecision = self(index, pooled_features(features, self.deviation), state)
+        return decision
 
     def macs(self, index: int) -> int:
         """Multiplications for one block's decision."""

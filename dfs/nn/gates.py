@@ -16,6 +16,7 @@ from dfs.nn.gate import (
     linear64,
     straight_through,
 )
+from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
 
 
 class RNNGate(Gate):
@@ -41,11 +42,31 @@ class RNNGate(Gate):
         self.proj = nn.Linear(hidden, len(self.choices))
 
     def macs(self, index: int) -> int:
-        """Multiplications for one block's decision."""
         embed = self.embed[index]
         assert isinstance(embed, nn.Linear)
         cell = 4 * self.hidden * 2 * self.hidden
         return embed.in_features * self.hidden + cell + self.hidden * len(self.choices)
+
+    def run(
+        self, index: int, features: Tensor | PackedActivation, state: State | None
+    ) -> GateDecision:
+        """:meth:`Gate.run`, in one kernel."""
+        embed = self.embed[index]
+        assert isinstance(embed, nn.Linear)
+        weights = RNNGateWeights(
+            embed.weight,
+            embed.bias,
+            self.cell.weight_ih,
+            self.cell.weight_hh,
+            self.cell.bias_ih,
+            self.cell.bias_hh,
+            self.proj.weight,
+            self.proj.bias,
+            self.choice_bias,
+        )
+        step = rnn_gate(features, weights, self.choices, state)
+        mask = (step.bits[:, None] == self.widths).float()
+        return GateDecision(step.bits, mask, step.logits, step.state)
 
     def forward(
         self,
@@ -54,17 +75,8 @@ class RNNGate(Gate):
         state: State | None,
         temperature: float | None = None,
     ) -> GateDecision:
-        """Decide one block.
-
-        Args:
-            index: which gated block, from 0.
-            pooled: float64 (N, C), the channel means of the features.
-            state: the previous gate's, or None at the first.
-            temperature: Gumbel temperature while training; None takes the argmax.
-        """
         if state is None:
-            zeros = pooled.new_zeros(pooled.shape[0], self.hidden)
-            state = (zeros, zeros)
+            state = pooled.new_zeros(2, pooled.shape[0], self.hidden)
         embed = self.embed[index]
         assert isinstance(embed, nn.Linear)
         x = linear64(pooled, embed.weight, embed.bias)
@@ -75,7 +87,8 @@ class RNNGate(Gate):
         output = leave.sigmoid() * memory.tanh()
         logits = linear64(output, self.proj.weight, self.proj.bias) + self.choice_bias
         choice, mask = straight_through(logits, temperature)
-        return GateDecision(self.widths[choice], mask.float(), logits, (output, memory))
+        state = torch.stack((output, memory))
+        return GateDecision(self.widths[choice], mask.float(), logits, state)
 
     def standardise(self, index: int, pooled: Tensor) -> None:
         fold_standardisation(self.embed[index], pooled)

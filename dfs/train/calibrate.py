@@ -133,6 +133,36 @@ class _Moments:
         return mean, (centred / max(self.count - 1, 1)).clamp_min(0)
 
 
+@torch.no_grad()
+def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: int = 0) -> None:
+    """Fit a network with trained weights to its widths, without training.
+
+    Steps by least squared error over clip ratios; BatchNorm statistics of every width from what it
+    really sees. 512 images are enough for 8 bits, which then run at about full accuracy; 4 bits and
+    less want training too.
+
+    Args:
+        images: float (N, C, H, W), normalized as in training.
+        seed: decides which activations are looked at.
+    """
+    expected = ("N", model.in_channels, "H", "W")
+    if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
+        raise ValueError(f"images must be {expected} with N >= 2, got {tuple(images.shape)}")
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    was_training = model.training
+    calibrate_steps(model, images, batch_size, seed)
+    estimate_every_width(model, list(images.split(batch_size)))
+    model.train(was_training)
+
+
+def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
+    """BatchNorm statistics of the network run at each width throughout."""
+    for width in model.choices:
+        if width:
+            reestimate_batchnorm(model, batches, width)
+
+
 @dataclass(frozen=True)
 class KeptStatistics:
     """A BatchNorm entry that saw too few samples to be estimated again."""
