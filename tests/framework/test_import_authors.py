@@ -52,7 +52,10 @@ def test_logits_and_decisions_are_the_authors(
     images = _images(12).double()
     exact = {k: v.double() for k, v in state.items()}
     logits, chosen = authors_forward(exact, per_group, images, bits)
-    out = load_network(tmp_path / "ours.pt").model.double().run(images)
+    model = load_network(tmp_path / "ours.pt").model
+    for part in (model.stem, model.bn_stem, model.blocks, model.classifier):
+        part.double()
+    out = model.run(images)
     decided = torch.tensor(found.choices, dtype=torch.int32)[chosen]
     assert torch.equal(out.bits, decided)
     assert len(torch.unique(decided, dim=0)) > 2
