@@ -8,7 +8,6 @@ deterministic: their code adds uniform noise to the codes before rounding them.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dfs.data import Preprocessing
 from dfs.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
-from dfs.train.checkpoint import CheckpointError, load_exactly, save_checkpoint
+from dfs.train.checkpoint import CheckpointError, load_exactly, read_saved, save_checkpoint
 from dfs.train.config import TrainConfig
 from dfs.train.network import build_dynamic
 
@@ -110,13 +109,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: unreadable, or no state dict; no code in it is run.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    content = read_saved(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path}: holds no state_dict")

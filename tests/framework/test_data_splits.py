@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,31 @@ def test_evaluation_sees_the_middle_of_every_picture(folders: Path) -> None:
     assert data.preprocessing is not None
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None]
     assert torch.equal(data.preprocessing.normalize(pixels)[0], whole[3])
+
+
+def test_splits_move_to_a_device_and_stay_the_same(small: DataSplits, folders: Path) -> None:
+    for data in (small, load_dataset("folder", 0, folders, 16)):
+        moved = data.to(torch.device("cpu"))
+        for name in ("train", "test"):
+            before, after = getattr(data, name), getattr(moved, name)
+            assert type(before) is type(after)
+            assert torch.equal(before.first(5), after.first(5))
+            assert torch.equal(before.labels, after.labels)
+        assert moved.record() == data.record()
+
+
+def test_images_are_prepared_as_another_network_takes_them(small: DataSplits) -> None:
+    own = small.preprocessing
+    assert own is not None
+    other = replace(own, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25))
+    prepared = small.prepared(other)
+    assert isinstance(small.test, ImageSet)
+    assert torch.equal(prepared.test.first(20), other.normalize(small.test.images))
+    assert prepared.preprocessing == other
+    with pytest.raises(ValueError, match="other classes"):
+        small.prepared(replace(own, class_names=own.class_names[::-1]))
+    with pytest.raises(ValueError, match="3 channels of 28 pixels"):
+        small.prepared(replace(own, size=28))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
