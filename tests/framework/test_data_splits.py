@@ -23,7 +23,9 @@ from dfs.data.augment import middle_cut, random_cut
 from dfs.data.preprocessing import channel_statistics
 from dfs.data.raw import hold_out, share_with_gates
 from dfs.data.stream import StreamedImages
+from dfs.train import Trainer
 from tests.framework import data_files
+from tests.framework.helpers import TINY
 
 PARTS = ("train", "gate", "val", "test")
 
@@ -369,3 +371,20 @@ def test_a_record_that_makes_no_sense_is_refused(changed: dict[str, object]) -> 
 def test_uint8_images_can_not_go_unnormalized() -> None:
     with pytest.raises(ValueError, match="need a preprocessing"):
         ImageSet(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_a_resumed_run_sees_the_batches_that_it_would_have_seen(
+    name: str, small: DataSplits, folders: Path, tmp_path: Path
+) -> None:
+    data = small if name == "cifar10" else load_dataset("folder", 0, folders, 12)
+    straight = Trainer(TINY, None, data)
+    assert straight.run(until=1)
+    resumed = Trainer(TINY, tmp_path / "run", data)
+    while not resumed.run(until=1, max_steps=3):
+        resumed = Trainer.load(tmp_path / "run", data)
+    for key, value in straight.plain.state_dict().items():
+        assert torch.equal(value, resumed.plain.state_dict()[key]), key
