@@ -86,6 +86,27 @@ def test_a_larger_picture_is_scaled_and_its_middle_taken(tmp_path: Path) -> None
     assert (found[:, :, 1:-1] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
 
 
+def test_scanned_digits_come_back_from_pictures_as_they_were_trained_on(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+
+    from dfs.data import load_dataset
+
+    data = load_dataset("digits")
+    record = data.preprocessing
+    assert record is not None
+    assert record.class_names == tuple("0123456789")
+    parts = (data.train, data.gate, data.val, data.test)
+    known = torch.cat([part.first(2000) for part in parts])
+    for i, scan in enumerate(load_digits().images[:20]):
+        pixels = np.round(scan * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        image = record.normalize(network_pixels(tmp_path / f"{i}.png", record)[None])
+        # Its scan among all of them; one level in 255 is 0.01 here.
+        distances = (known - image).abs().amax((1, 2, 3))
+        assert float(distances.sort().values[0]) < 0.02
+
+
 # Pictures of all kinds
 
 
