@@ -44,8 +44,22 @@ _MOST_SPLITS = 32
 def unavailable_reason() -> str | None:
     if not _INSTALLED:
         return "triton is not installed"
-    if not _INTERPRETED and not torch.cuda.is_available():
+    if _INTERPRETED:
+        # torch.compile can't trace a trial launch, and gets here where a backend is known to run.
+        return None if torch.compiler.is_compiling() else _interpreter_fault()
+    if not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
+    return None
+
+
+@functools.cache
+def _interpreter_fault() -> str | None:
+    """Why kernels can't be interpreted: that of Triton 3.6 can't count loops with NumPy 2.4."""
+    zeros = torch.zeros(1, 1, dtype=torch.uint8)
+    try:
+        _sum_levels(zeros, False, torch.zeros(1, dtype=torch.int32))
+    except Exception as error:
+        return f"Triton's interpreter fails: {error}"
     return None
 
 
@@ -328,7 +342,8 @@ def _weight_gradients(call: ConvCall, grad_output: Tensor) -> Tensor:
             **_constants(geometry), WIDTH=bits, INDEX=_index(options),
             PRECISION=_float_precision(), DOTS=dots,
             BLOCK_O=config.block_n, BLOCK_T=block_t, BLOCK_P=16,
-            num_warps=config.num_warps,
+            # Two tiles on their way and one at work take a register too many on sm_90.
+            num_warps=config.num_warps, num_stages=2,
         )  # fmt: skip
     shape = (len(options), outputs, geometry.kernel_h, geometry.kernel_w, geometry.group_channels)
     return partial.sum(1).view(shape).permute(0, 1, 4, 2, 3)

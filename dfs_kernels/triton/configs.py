@@ -61,4 +61,7 @@ def float_config(rows: int, columns: int) -> ConvConfig:
 
 
 def pixel_config(pixels: int, channels: int) -> PixelConfig:
-    return PixelConfig(power_of_two(pixels, 16, 128), power_of_two(channels, 8, 64))
+    block_p = power_of_two(pixels, 16, 128)
+    block_c = power_of_two(channels, 8, 64)
+    # As above: fewer threads have too few registers for the largest tiles.
+    return PixelConfig(block_p, block_c, 8 if block_p * block_c > 64 * 64 else 4)
