@@ -16,6 +16,7 @@ from dfs_kernels.arguments import (
     quantizer_of,
     widths_of,
 )
+from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, IntPair
 from dfs_kernels.packing import (
     PackedActivation,
@@ -553,6 +554,70 @@ class _Prepared:
         if not residual.is_floating_point():
             raise TypeError(f"residual must be floating point, got {residual.dtype}")
         return residual.to(real)
+
+
+def rnn_gate(
+    input: Tensor | PackedActivation,
+    weights: RNNGateWeights,
+    choices: Sequence[int],
+    state: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> GateStep:
+    """Choose a width for every sample: global average pool, linear map, LSTM step, argmax.
+
+    Computes in float64, from exact sums where the features are packed integers. Equal logits go to
+    the cheapest choice. Not differentiable. Source: Shen et al., AAAI 2020, section 3.2.
+
+    Args:
+        input: the features, floating (N, C, H, W) or packed.
+        weights: the gate's parameters.
+        choices: ascending widths from 0 to 32.
+        state: the ``state`` of the previous gate's result, float64 (2, N, H); None at the first.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(weights, RNNGateWeights):
+        raise TypeError(f"weights must be RNNGateWeights, got {type(weights).__name__}")
+    if _may_bypass_ops():
+        step = direct.rnn_gate(input, weights, choices, state, backend)
+        if step is not None:
+            return step
+    widths = check_choices(choices)
+    packed = input if isinstance(input, PackedActivation) else None
+    if packed is None:
+        _check_image(input, "input")
+    batch, channels, height, width = input.shape
+    weights.check(channels, len(widths), input.device)
+    if state is not None:
+        _check_tensor(state, "state")
+        expected = (2, batch, weights.hidden)
+        if tuple(state.shape) != expected or state.dtype != torch.float64:
+            raise ValueError(
+                f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
+            )
+        if state.device != input.device:
+            raise ValueError(f"state is on {state.device}, but the input is on {input.device}")
+        state = state.detach().contiguous()
+    options = packed.bit_options if packed else ()
+    name = backends.select_name("rnn_gate", backend, input.device, options)
+    values = packed.data if packed else input.detach().to(torch.float32)  # type: ignore[union-attr]
+    found = torch.ops.dfs.rnn_gate(
+        values,
+        packed.bits if packed else None,
+        packed.scale if packed else None,
+        packed.zero_point if packed else None,
+        state,
+        *(value.detach() for value in weights),
+        packed_options=options,
+        channels=channels,
+        height=height,
+        width=width,
+        choices=widths,
+        backend=name,
+    )
+    return GateStep(*found)
 
 
 def warmup(device: torch.device | str | None = None) -> None:

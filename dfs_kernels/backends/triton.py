@@ -21,11 +21,13 @@ from torch import Tensor
 
 from dfs_kernels import reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, PackedConvWeight, row_bytes
 from dfs_kernels.triton.configs import (
     conv_config,
     float_config,
+    gate_config,
     grouped_config,
     pixel_config,
     power_of_two,
@@ -78,9 +80,9 @@ def info() -> dict[str, Any]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """Every kernel by name. Defining them takes a while, so not before one is needed."""
-    from dfs_kernels.triton import buckets, conv, gradients, packing
+    from dfs_kernels.triton import buckets, conv, gate, gradients, packing
 
-    modules = (buckets, conv, gradients, packing)
+    modules = (buckets, conv, gate, gradients, packing)
     names = {name: getattr(m, name) for m in modules for name in dir(m) if name.endswith("_kernel")}
     return SimpleNamespace(**names)
 
@@ -252,6 +254,26 @@ def mixed_conv2d_backward(
             found.weight = grads if wanted.weight else None
             found.weight_scale = steps if wanted.weight_scale else None
     return found
+
+
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    x = call.input
+    if isinstance(x, PackedActivation):
+        x = _aligned(x)
+        index = _index(x.bit_options)
+    else:
+        index = None
+    batch, channels, height, width = x.shape
+    config = gate_config(height * width, channels)
+    weights = (value.contiguous() for value in call.weights)
+    _launch(
+        _kernels().rnn_gate_kernel, (batch,), out.bits.device,
+        *_map_pointers(x), call.state, *weights, *out, batch, height * width, width,
+        C=channels, HIDDEN=call.weights.hidden, CHOICES=call.choices, INDEX=index,
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+        BLOCK_H=power_of_two(call.weights.hidden, 1, 1 << 16),
+        BLOCK_K=power_of_two(len(call.choices), 1, 1 << 16), num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def _weight_values(weight: ConvWeight, index: int) -> Tensor:

@@ -65,3 +65,9 @@ def pixel_config(pixels: int, channels: int) -> PixelConfig:
     block_c = power_of_two(channels, 8, 64)
     # As above: fewer threads have too few registers for the largest tiles.
     return PixelConfig(block_p, block_c, 8 if block_p * block_c > 64 * 64 else 4)
+
+
+def gate_config(pixels: int, channels: int) -> PixelConfig:
+    """A whole sample is pooled by one program, so it reads as much as it can at a time."""
+    block_c = power_of_two(channels, 8, 64)
+    return PixelConfig(power_of_two(pixels, 16, 8192 // block_c), block_c, 8)
