@@ -23,6 +23,10 @@ _SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}
 OTHER_BACKENDS = tuple(
     name for name in available_backends() if name != "reference" and name not in _SLOW
 )
+# The same with Triton, for tests that do not take long with it either.
+WITH_TRITON = tuple(
+    name for name in available_backends() if name in OTHER_BACKENDS or name == "triton"
+)
 # Why the Triton kernels can't be compared, for tests that are skipped then.
 TRITON_REASON = str(load("triton").unavailable_reason())
 

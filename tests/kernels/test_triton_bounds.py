@@ -1,4 +1,4 @@
-"""The Triton kernels touch nothing beyond their tensors: between guard pages that would end them."""
+"""The Triton kernels touch nothing beyond their tensors, which lie between guard pages."""
 
 from __future__ import annotations
 

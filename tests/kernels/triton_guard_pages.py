@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfs_kernels import PackedActivation, mixed_conv2d
+from dfs_kernels import PackedActivation, RNNGateWeights, mixed_conv2d, quantize_pack, rnn_gate
 from dfs_kernels.backends import triton as backend
 from dfs_kernels.call import ConvWeight
 from dfs_kernels.packing import row_bytes
@@ -57,7 +57,9 @@ class GuardedCopies:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor's values in its own strides; the same memory gives the same copy."""
-        spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        spans = (
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         elements = sum(spans) + 1 if tensor.numel() else 0
         key = (tensor.data_ptr(), elements * tensor.element_size())
         if key not in self._copies:
@@ -217,6 +219,22 @@ def check_activations(channels: int) -> None:
     backend.unpack_dequantize(packed)
 
 
+def check_gate(channels: int, packed: bool) -> None:
+    hidden, choices = 5, (0, 2, 4, 8)
+    shapes = ((hidden, channels), (hidden,), *((4 * hidden, hidden),) * 2, *((4 * hidden,),) * 2)
+    weights = RNNGateWeights(
+        *(torch.ones(shape) for shape in shapes),
+        torch.ones(4, hidden),
+        torch.ones(4),
+        torch.ones(4, dtype=torch.float64),
+    )
+    x: Any = torch.ones(3, channels, 3, 5)
+    if packed:
+        x = quantize_pack(x, 8, {8: 0.1}, backend="reference")
+    step = rnn_gate(x, weights, choices, backend="triton")
+    rnn_gate(x, weights, choices, step.state, backend="triton")
+
+
 def check_unknown_width(case: ConvCase) -> None:
     """Samples of a width that is not offered are filled, and read nothing."""
     built = build(case)
@@ -271,6 +289,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"packing {bits} bits", partial(check_packing, bits)
     for channels in (1, 5, 16):
         yield f"activations of {channels} channels", partial(check_activations, channels)
+        for packed in (False, True):
+            yield f"gate, {channels} channels", partial(check_gate, channels, packed)
     for groups in (1, 3):
         for form in ("float", "fixed"):
             case = ConvCase(bits=(8, 2, 2), groups=groups, output_form=form)
@@ -280,7 +300,9 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
 def main() -> None:
     edge, *fault = sys.argv[1:]
     with guarded_launches(edge):
-        for name, run in checks() if not fault else [(fault[0], partial(check_fault, edge, *fault))]:
+        for name, run in (
+            checks() if not fault else [(fault[0], partial(check_fault, edge, *fault))]
+        ):
             print(name, flush=True)
             run()
     print("done", flush=True)
