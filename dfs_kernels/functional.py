@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from dfs_kernels.packing import (
     per_width,
     resolve_levels,
 )
+from dfs_kernels.triton.tuning import tuning
 from dfs_kernels.widths import KERNEL_WIDTHS, check_accumulator
 
 
@@ -620,16 +622,46 @@ def rnn_gate(
     return GateStep(*found)
 
 
-def warmup(device: torch.device | str | None = None) -> None:
-    """Pay for the first call ahead of time: load the backends, start the threads.
+def warmup(
+    device: torch.device | str | None = None,
+    run: Callable[[], object] | None = None,
+    *,
+    autotune: bool = False,
+) -> None:
+    """Pay for the first call ahead of time: load the backends, start the threads, compile kernels.
 
     Args:
         device: where; a CPU by default.
+        run: makes the calls to be ready for, such as ``lambda: model(images)``. By default one
+            small convolution at every width.
+        autotune: measure which launch configuration suits each Triton kernel that ``run`` calls.
+            Takes seconds to minutes, is kept on disk (see README, DFS_CACHE_DIR) and serves all
+            later runs with the same sizes on GPUs of the same name. Results do not change.
+
+    Raises:
+        ValueError: there is nothing to tune on this device, or ``run`` is missing.
     """
     target = torch.device(device or "cpu")
-    x = torch.zeros(2, 8, 4, 4, device=target)
+    if not autotune:
+        (run or functools.partial(_run_every_width, target))()
+        return
+    triton = backends.load("triton")
+    reason = triton.unavailable_reason()
+    if reason is not None or not triton.supports(target.type, KERNEL_WIDTHS):
+        raise ValueError(
+            "autotune: only Triton's kernels have something to tune, and they don't run on "
+            f"{target}" + (f": {reason}" if reason else "")
+        )
+    if run is None:
+        raise ValueError("run must be given with autotune: it makes the calls to tune for")
+    with tuning():
+        run()
+
+
+def _run_every_width(device: torch.device) -> None:
+    x = torch.zeros(2, 8, 4, 4, device=device)
     weight = PackedConvWeight.from_float(
-        torch.zeros(8, 8, 3, 3, device=target), {b: torch.ones(8, device=target) for b in (2, 4, 8)}
+        torch.zeros(8, 8, 3, 3, device=device), {b: torch.ones(8, device=device) for b in (2, 4, 8)}
     )
     for bits in weight.bit_options:
         mixed_conv2d(x, weight, bits, {2: 1.0, 4: 1.0, 8: 1.0, 32: 1.0}, padding=1)

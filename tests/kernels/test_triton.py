@@ -35,8 +35,8 @@ from tests.kernels.test_gradients import (
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason=TRITON_REASON)
 
 
-def in_buckets(*sizes: int) -> configs.ConvConfig:
-    return replace(configs.conv_config(*sizes), buckets=True)
+def in_buckets(*sizes: int) -> tuple[configs.ConvConfig, ...]:
+    return (replace(configs.conv_configs(*sizes)[0], buckets=True),)
 
 
 @settings(max_examples=60)
@@ -77,7 +77,7 @@ def test_a_sample_does_not_depend_on_its_batch(
     monkeypatch: pytest.MonkeyPatch, buckets: bool
 ) -> None:
     if buckets:
-        monkeypatch.setattr(backend, "conv_config", in_buckets)
+        monkeypatch.setattr(backend, "conv_configs", in_buckets)
     case = ConvCase(bits=(8, 0, 32, 2, 4, 8), residual_form="packed", output_form="own")
     built = build(case)
     whole = run(built, "triton").out
@@ -104,7 +104,7 @@ def test_levels_are_summed(centred: bool, count: int) -> None:
 def test_buckets_give_the_same(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], output_form: str
 ) -> None:
-    monkeypatch.setattr(backend, "conv_config", in_buckets)
+    monkeypatch.setattr(backend, "conv_configs", in_buckets)
     case = ConvCase(
         bits=batch,
         group_channels=8,
@@ -113,6 +113,18 @@ def test_buckets_give_the_same(
         output_form=output_form,
     )
     assert_matches_reference(build(case), "triton")
+
+
+def test_tf32_follows_the_setting_of_pytorchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            cudnn.conv.fp32_precision = precision
+            assert backend._float_precision() == expected
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def test_samples_are_sorted_by_width() -> None:

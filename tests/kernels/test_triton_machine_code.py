@@ -128,11 +128,12 @@ def test_kernels_fit_the_gpu(target: tuple[int, Kernels]) -> None:
     """Shared memory; and where it counts, registers."""
     capability, kernels = target
     for k in kernels:
-        limit = LEAST_SHARED if k["config"].startswith("default") else TARGETS[capability]
-        assert k["shared"] <= limit, k
+        is_default = k["candidate"] == 0
+        assert k["shared"] <= (LEAST_SHARED if is_default else TARGETS[capability]), k
         # Two words are spilled outside of the loop where tf32 products take most registers.
         spare = 8 if k["kernel"] == "weight_gradient_kernel" and k["PRECISION"] == "tf32" else 0
-        assert k["stack"] <= spare, k
+        # What spills where it is tuned for will not be the fastest.
+        assert not is_default or k["stack"] <= spare, k
 
 
 def test_loops_hold_no_float64(target: tuple[int, Kernels]) -> None:

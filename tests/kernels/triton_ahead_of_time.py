@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from dfs_kernels import (
     unpack_dequantize,
 )
 from dfs_kernels.backends import triton as backend
-from dfs_kernels.triton.configs import ConvConfig, conv_config
+from dfs_kernels.triton import configs
 
 # Shapes of CIFAR's and ImageNet's residual networks, groups of eight, and a depthwise layer:
 # (channels, outputs, groups, kernel, stride, size).
@@ -50,12 +50,6 @@ MORE_LAYERS = (
 )
 OPTIONS = (2, 4, 8)
 STEPS = dict.fromkeys(OPTIONS, 0.1)
-
-
-def shipped_configs() -> Iterator[tuple[str, Callable[..., ConvConfig]]]:
-    """Every way in which a mixed convolution may be launched, by name."""
-    yield "default", conv_config
-    yield "default, buckets", lambda *sizes: replace(conv_config(*sizes), buckets=True)
 
 
 class AbsentGpu:
@@ -139,22 +133,34 @@ def _copy_sizes(ptx: str) -> dict[int, int]:
 
 
 def run_calls() -> None:
-    default = next(shipped_configs())
-    for layer in LAYERS:
-        for name, config in shipped_configs():
-            with configured(name, config):
-                convolve_packed(*layer)
-        for precision in ("ieee", "tf32"):
-            train(*layer, precision)
-    for layer in MORE_LAYERS:
-        with configured(*default):
+    """Everything with the defaults, and what the tuning may choose instead at one layer."""
+    with configured(0):
+        for layer in LAYERS:
             convolve_packed(*layer)
-        train(*layer, "ieee")
-    pack_and_choose()
+            for precision in ("ieee", "tf32"):
+                train(*layer, precision)
+        for layer in MORE_LAYERS:
+            convolve_packed(*layer)
+            train(*layer, "ieee")
+        pack_and_choose()
+    seen: set[bool] = set()
+    for number in range(1, _most_candidates()):
+        with configured(number) as config:
+            # All forms of the first that sorts samples into buckets.
+            convolve_packed(*LAYERS[1], stream_only=not config.buckets or config.buckets in seen)
+            train(*LAYERS[1], "ieee")
+            pack_and_choose()
+        seen.add(config.buckets)
 
 
 def convolve_packed(
-    channels: int, outputs: int, groups: int, kernel: int, stride: int, size: int
+    channels: int,
+    outputs: int,
+    groups: int,
+    kernel: int,
+    stride: int,
+    size: int,
+    stream_only: bool = False,
 ) -> None:
     bits = torch.tensor([2, 4, 8, 0], dtype=torch.int32)
     weight = PackedConvWeight.from_float(
@@ -168,6 +174,8 @@ def convolve_packed(
     target = eight_bit_stream(outputs, size // stride)
     # The two convolutions of a block: read the stream and keep codes, add to the stream.
     mixed_conv2d(stream, weight, bits, STEPS, activation="relu", output_scale=STEPS, **shape)
+    if stream_only:
+        return
     mixed_conv2d_(packed, weight, bits, residual=target, activation="relu", **shape)
     mixed_conv2d(packed, weight, bits, output_scale=STEPS, **shape)
     mixed_conv2d(packed, weight, bits, **shape)
@@ -217,16 +225,34 @@ def pack_and_choose() -> None:
         rnn_gate(x, weights, choices, backend="triton")
 
 
-_config_name = "default"
+_CANDIDATES = {name: getattr(configs, name) for name in dir(configs) if name.endswith("_configs")}
+# Pixels, outputs, depth and widths of a layer with room for the largest tiles.
+_LARGE = (4096, 256, 2304, 3)
+_candidate = 0
+
+
+def _most_candidates() -> int:
+    return len(configs.conv_configs(*_LARGE))
 
 
 @contextmanager
-def configured(name: str, config: Callable[..., ConvConfig]) -> Iterator[None]:
-    global _config_name
-    before = backend.conv_config
-    backend.conv_config, _config_name = config, name
-    yield
-    backend.conv_config, _config_name = before, "default"
+def configured(number: int) -> Iterator[configs.ConvConfig]:
+    """Launches take the candidate of that number, or the last there is; the convolution's at hand.
+
+    0 is the default, which GPUs take that were never tuned for.
+    """
+    global _candidate
+    for name, candidates in _CANDIDATES.items():
+        setattr(backend, name, partial(_one_of, candidates, number))
+    _candidate = number
+    yield backend.conv_configs(*_LARGE)[0]
+    for name, candidates in _CANDIDATES.items():
+        setattr(backend, name, candidates)
+
+
+def _one_of(candidates: Callable[..., tuple[Any, ...]], number: int, *sizes: int) -> Any:
+    found = candidates(*sizes)
+    return (found[min(number, len(found) - 1)],)
 
 
 # What is told of a launch beside its machine code.
@@ -247,7 +273,7 @@ def main() -> None:
         if compiled.hash not in described:
             described[compiled.hash] = describe(compiled)
         told = {name: constants[name] for name in _TOLD if name in constants}
-        line = {"kernel": kernel.__name__, "config": _config_name, **told}
+        line = {"kernel": kernel.__name__, "candidate": _candidate, **told}
         print(json.dumps({**line, **described[compiled.hash]}), flush=True)
 
     backend._launch = compile_only

@@ -27,6 +27,7 @@ from dfs_kernels import PackedActivation, RNNGateWeights, mixed_conv2d, quantize
 from dfs_kernels.backends import triton as backend
 from dfs_kernels.call import ConvWeight
 from dfs_kernels.packing import row_bytes
+from dfs_kernels.triton.configs import ConvConfig
 from tests.kernels.cases import (
     INPUT_FORMS,
     OUTPUT_FORMS,
@@ -175,16 +176,16 @@ def convolutions() -> Iterator[ConvCase]:
 
 
 def check_convolution(case: ConvCase, buckets: bool) -> None:
-    plain = backend.conv_config
+    plain = backend.conv_configs
 
-    def config(*sizes: Any) -> Any:
-        return replace(plain(*sizes), buckets=buckets)
+    def configs(*sizes: int) -> tuple[ConvConfig, ...]:
+        return (replace(plain(*sizes)[0], buckets=buckets),)
 
-    backend.conv_config = config
+    backend.conv_configs = configs
     try:
         assert_matches_reference(build(case), "triton")
     finally:
-        backend.conv_config = plain
+        backend.conv_configs = plain
 
 
 def check_gradients(groups: int) -> None:
