@@ -130,10 +130,8 @@ def test_kernels_fit_the_gpu(target: tuple[int, Kernels]) -> None:
     for k in kernels:
         is_default = k["candidate"] == 0
         assert k["shared"] <= (LEAST_SHARED if is_default else TARGETS[capability]), k
-        # Two words are spilled outside of the loop where tf32 products take most registers.
-        spare = 8 if k["kernel"] == "weight_gradient_kernel" and k["PRECISION"] == "tf32" else 0
         # What spills where it is tuned for will not be the fastest.
-        assert not is_default or k["stack"] <= spare, k
+        assert not is_default or (k["stack"] <= 16 and k["spills_in_loops"] == 0), k
 
 
 def test_loops_hold_no_float64(target: tuple[int, Kernels]) -> None:
@@ -162,9 +160,14 @@ def test_whole_words_are_read_and_written(target: tuple[int, Kernels]) -> None:
     assert all("16" in k["loads"] for k in wide), wide
 
 
-def test_what_is_read_from_assembly_can_be_wrong() -> None:
-    """The checks above rest on it."""
-    from tests.kernels.triton_ahead_of_time import _access_sizes, _copy_sizes, _loop_lines
+def test_assembly_is_read_rightly() -> None:
+    """What the checks above rest on."""
+    from tests.kernels.triton_ahead_of_time import (
+        _access_sizes,
+        _copy_sizes,
+        _loop_lines,
+        spills_in_loops,
+    )
 
     ptx = """
         mul.f64 %fd1, %fd2, %fd3;
@@ -182,3 +185,11 @@ def test_what_is_read_from_assembly_can_be_wrong() -> None:
     assert _access_sizes("ld", ptx) == {16: 1}
     assert _access_sizes("st", ptx) == {1: 1}
     assert _copy_sizes(ptx) == {16: 1}
+    sass = """
+        /*0010*/ STL [R1], R2 ;
+        /*0020*/ IMMA.16832.S8.S8 R4, R8.ROW, R9.COL, R4 ;
+        /*0030*/ LDL.LU R2, [R1] ;
+        /*0040*/ @P0 BRA 0x20 ;
+        /*0050*/ LDL R2, [R1] ;
+    """
+    assert spills_in_loops(sass) == 1

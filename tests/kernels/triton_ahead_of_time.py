@@ -94,12 +94,34 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    return {"registers": int(found[1]), "stack": int(found[2]) + int(found[3])}
+        usage = _disassemble("-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        stack = int(found[2]) + int(found[3])
+        spilled = spills_in_loops(_disassemble("-sass", file.name)) if stack else 0
+    return {"registers": int(found[1]), "stack": stack, "spills_in_loops": spilled}
+
+
+def _disassemble(what: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run(
+        [str(tool), what, path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def spills_in_loops(sass: str) -> int:
+    """Accesses to the stack within loops that multiply."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    lines = [(int(address, 16), text) for address, text in found]
+    loops = []
+    for address, text in lines:
+        jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if jump is not None and int(jump[1], 16) < address:
+            loops.append(range(int(jump[1], 16), address))
+    multiply = [address for address, text in lines if re.search(r"MMA|FFMA|FMUL|IMAD", text)]
+    loops = [loop for loop in loops if any(address in loop for address in multiply)]
+    stack = [address for address, text in lines if re.search(r"\b(STL|LDL)\b", text)]
+    return sum(any(address in loop for loop in loops) for address in stack)
 
 
 def _loop_lines(ptx: str) -> list[str]:
