@@ -104,8 +104,10 @@ def test_convolutions_use_the_int8_tensor_cores(target: tuple[int, Kernels]) -> 
         # An earlier Triton may not have the instruction of Blackwell's for integers yet.
         instructions = ("tcgen05", "mma")
     for k in convolutions:
-        # At least one matrix product for each width.
-        assert sum(k[name] for name in instructions) >= sum(k["WIDTHS"]), k
+        # At least one matrix product for each width. Tiles of few pixels, which the tuning may
+        # choose, are too small for the newer instructions.
+        allowed = instructions if k["candidate"] == 0 else {*instructions, "mma"}
+        assert sum(k[name] for name in allowed) >= sum(k["WIDTHS"]), k
 
 
 def test_float_products_take_tf32_only_where_allowed(target: tuple[int, Kernels]) -> None:
