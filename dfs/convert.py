@@ -59,9 +59,9 @@ def make_dynamic(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution and its BatchNorm, and what they are called."""
+    """A convolution and its BatchNorm, and what that is called."""
 
-    name: str
+    norm_name: str
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
 
@@ -105,7 +105,7 @@ def _to_plain(model: nn.Module, image_size: tuple[int, int] | None) -> PlainResN
     layers += [block.shortcut for block in blocks if block.shortcut is not None]
     odd = next((layer for layer in layers if layer.norm.eps != stem.norm.eps), None)
     if odd is not None:
-        raise _unsupported(odd.name, odd.norm, f"eps differs from the stem's {stem.norm.eps}")
+        raise _unsupported(odd.norm_name, odd.norm, f"eps differs from the stem's {stem.norm.eps}")
     architecture = Architecture(
         stem.shape,
         None if pool is None else _pool_shape(*pool),
@@ -235,7 +235,7 @@ def _layer(conv_name: str, conv: Any, norm_name: str, norm: Any) -> _Layer:
         raise _unsupported(conv_name, conv, "the same in both directions")
     if norm.running_mean is None or not norm.affine:
         raise _unsupported(norm_name, norm, "with running statistics and an affine map")
-    return _Layer(conv_name, conv, norm)
+    return _Layer(norm_name, conv, norm)
 
 
 def _pool_shape(name: str, pool: nn.Module) -> PoolShape:
