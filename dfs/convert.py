@@ -50,6 +50,8 @@ def make_dynamic(
     Raises:
         ValueError: naming the module that is not supported, or saying that the logits differ.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     plain = model if isinstance(model, PlainResNet) else _to_plain(model, image_size)
     dynamic = DynamicResNet(plain.architecture, choices=choices, **options)
     dynamic.load_plain(plain)

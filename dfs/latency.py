@@ -101,6 +101,9 @@ class LatencyTable:
         model.check_packable()
         if model.training:
             raise ValueError("model must be in evaluation mode, which is what is deployed")
+        device = model.stem.weight.device
+        if device.type != "cpu":
+            raise ValueError(f"model must be on the CPU, which is what is timed, got {device}")
         for name, value in (("batch", batch), ("threads", threads), ("rounds", rounds)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
