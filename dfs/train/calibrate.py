@@ -12,7 +12,7 @@ from dfs.cost import Cost
 from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
-from dfs.nn.quantizers import LSQ
+from dfs.nn.quantizers import LSQ, Quantizer
 from dfs.nn.stream import STREAM_BITS
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
@@ -64,7 +64,10 @@ def best_weight_steps(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed: int) -> None:
-    """Set every step by least squared error, from the full-precision network's activations."""
+    """Set every step by least squared error, from the full-precision network's activations.
+
+    Quantizers without learned steps observe their ranges instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -74,7 +77,10 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         seen.setdefault(key, []).append(flat[picked])
 
     def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, DFSConv2d)
         sample(module, args[0])
+        if not isinstance(module.quantizer, LSQ):
+            module.quantizer.observe(args[0])
 
     def watch_block(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, ResidualBlock)
@@ -155,10 +161,8 @@ def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: 
     was_training = model.training
     calibrate_steps(model, images, batch_size, seed)
     batches = list(images.split(batch_size))
-    # Quantizers without learned steps observe their ranges in these passes.
-    observes = model.semantics.quantizer != "lsq"
     for width in model.choices:
-        if 0 < width < _KEPT_FROM or (width and observes):
+        if 0 < width < _KEPT_FROM:
             reestimate_batchnorm(model, batches, width, keep_from=_KEPT_FROM)
     model.train(was_training)
 
@@ -201,7 +205,7 @@ def reestimate_batchnorm(
     was_training = model.training
     model.train()
     for module in model.modules():
-        if isinstance(module, PerWidthBatchNorm2d):
+        if isinstance(module, (PerWidthBatchNorm2d, Quantizer)):
             module.eval()
     kept: list[KeptStatistics] = []
     ungated = model.ungated_bits

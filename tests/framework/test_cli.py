@@ -55,7 +55,7 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--model", "resnet9"], "model"),
         (["train", "--out", "{tmp}", "--target", "-1"], "target"),
         (["train", "--out", "{tmp}", "--target", "much"], "--target"),
-        (["train", "--out", "{tmp}", "--choices", "0,3"], "choices"),
+        (["train", "--out", "{tmp}", "--choices", "0,17"], "choices"),
         (["train", "--out", "{tmp}", "--choices", "zero"], "--choices"),
         (["train", "--out", "{tmp}", "--set", "speed=9"], "speed=9"),
         (["train", "--out", "{tmp}", "--set", "batch_size=many"], "batch_size"),
