@@ -225,6 +225,7 @@ def import_checkpoint(
         print(f"{out}: ResNet-{found.depth} for {found.dataset}, choices {widths}")
 
 
+@app.command()
 def bench(
     latency_table: Annotated[
         Path, typer.Option(help="File to write, milliseconds per block shape and width.")

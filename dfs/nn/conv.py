@@ -122,7 +122,7 @@ class DFSConv2d(nn.Conv2d):
             return super().forward(x)
         if isinstance(self.quantizer, PaperMinMax):
             return self._simulate(x, bits)
-        if self.training:
+        if self.training and self.quantizer.training:
             self.quantizer.observe(x)
         padding: Sequence[int] = self._reversed_padding_repeated_twice
         if self.padding_mode != "zeros":
