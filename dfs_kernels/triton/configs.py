@@ -78,7 +78,8 @@ def grouped_configs(pixels: int, outputs: int) -> tuple[ConvConfig, ...]:
 
 def float_configs(rows: int, columns: int) -> tuple[ConvConfig, ...]:
     """The same for products of float32."""
-    tiles = ((64, 32, 32), (32, 32, 32), (64, 64, 32), (64, 32, 16))
+    # Tiles of 64 x 64 spill.
+    tiles = ((64, 32, 32), (32, 32, 32), (64, 32, 16), (32, 64, 32))
     return _unique(
         ConvConfig(power_of_two(rows, 16, m), power_of_two(columns, 16, n), k) for m, n, k in tiles
     )
