@@ -154,9 +154,10 @@ def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: 
         images: float (N, C, H, W), normalized as in training.
         seed: decides which activations are looked at.
     """
-    expected = ("N", model.in_channels, "H", "W")
     if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
-        raise ValueError(f"images must be {expected} with N >= 2, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (N, {model.in_channels}, H, W) with N >= 2, got {tuple(images.shape)}"
+        )
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     was_training = model.training
@@ -190,7 +191,7 @@ def reestimate_batchnorm(
     batches: Sequence[Tensor],
     policy: Policy = None,
     min_samples: int = 256,
-    keep_from: int = 33,
+    keep_from: int | None = None,
 ) -> list[KeptStatistics]:
     """Estimate BatchNorm statistics again, block by block, each from what it will really see.
 
@@ -235,7 +236,7 @@ def _through_block(
     streams: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
-    keep_from: int,
+    keep_from: int | None,
     kept: list[KeptStatistics],
 ) -> list[Tensor]:
     block = model.blocks[index]
@@ -261,12 +262,12 @@ def _set_statistics(
     outputs: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
-    keep_from: int,
+    keep_from: int | None,
 ) -> dict[int, int]:
     """Set what has enough samples; returns the sample count of every width below ``keep_from``."""
     counts = {}
     for i, widths in enumerate(norm.entries):
-        if widths[-1] >= keep_from:
+        if keep_from is not None and widths[-1] >= keep_from:
             continue
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
