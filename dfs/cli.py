@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dfs
-from dfs.data import AUTO, DATASETS, DataError, recognise
+from dfs.cost import FULL_BITS
+from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
 from dfs.data.picture import PictureError
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
@@ -44,7 +45,7 @@ from dfs.settings import configure, contradictions, parse_numbers, parse_widths
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
 from dfs.train.distributed import joined
-from dfs.train.network import CHECKPOINT_NAME
+from dfs.train.network import CHECKPOINT_NAME, load_network
 from dfs.train.plan import TimePlan
 from dfs.train.sweep import METHODS, Sweep
 
@@ -235,14 +236,20 @@ def _resume(
 
 @app.command(name="eval")
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, or a checkpoint.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     data: Data = None,
+    waived: Waived = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
+    if run.is_file():
+        _report_network(run, split, data, waived or [], as_json)
+        return
+    if waived:
+        raise UserError("--allow-unverified-data is for checkpoints; a run keeps its own")
     trainer = Trainer.load(run, data_folder=data)
     if not trainer.done:
         raise UserError(
@@ -429,6 +436,28 @@ def predict(
         raise typer.Exit(USER_ERROR)
 
 
+@app.command(name="import-authors")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="Such as the authors' model_best.pth.tar.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    choices: Annotated[
+        str | None, typer.Option(help="What the gate's outputs mean, such as 0,4,8,16,32.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint of the paper's authors (Torment123/DFS) into one of this project's."""
+    from dfs.import_authors import import_authors
+
+    if out.exists():
+        raise UserError(f"--out {out} is there already")
+    found = import_authors(file, out, None if choices is None else _parse_choices(choices))
+    if as_json:
+        _print_json({"checkpoint": str(out), **found.to_dict()})
+    else:
+        widths = "/".join(map(str, found.choices))
+        print(f"{out}: ResNet-{found.depth} for {found.dataset}, choices {widths}")
+
+
 @app.command()
 def info(as_json: Json = False) -> None:
     """What this machine runs on: backends, instruction set, threads, GPU."""
@@ -511,21 +540,48 @@ def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
 
 def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
     images = trainer.data.val if split == "val" else trainer.data.test
-    config = trainer.config
     rows = [ResultRow("static, 32 bits", evaluate(trainer.plain, images))]
-    rows.append(ResultRow(f"DFS, target {config.target:.2%}", evaluate(trainer.model, images)))
+    if trainer.config.recipe == "static":
+        for width in trainer.config.static_widths:
+            # 32 bits alone are the float network, which is above.
+            if trainer.config.static_widths != (FULL_BITS,):
+                found = evaluate(trainer.model, images, width)
+                rows.append(ResultRow(f"static, {width} bits", found))
+    else:
+        name = f"DFS, target {trainer.config.target:.2%}"
+        rows.append(ResultRow(name, evaluate(trainer.model, images)))
+    _print_results(trainer.config, trainer.data, split, rows, as_json)
+
+
+def _report_network(
+    path: Path, split: str, data: Path | None, waived: Sequence[str], as_json: bool
+) -> None:
+    """A checkpoint that no run surrounds: there is no float network beside it."""
+    network = load_network(path)
+    config = network.config
+    if data is None and config.data:
+        data = Path(config.data)
+    try:
+        found = load_dataset(
+            config.dataset, config.seed, data, config.image_size, waived or config.allow_unverified
+        ).prepared(network.preprocessing)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    rows = [ResultRow("DFS", evaluate(network.model, found.val if split == "val" else found.test))]
+    _print_results(config, found, split, rows, as_json)
+
+
+def _print_results(
+    config: TrainConfig, data: DataSplits, split: str, rows: list[ResultRow], as_json: bool
+) -> None:
+    record = data.record()
     if as_json:
-        _print_json(
-            {
-                "split": split,
-                "config": config.to_dict(),
-                "data": trainer.data.record(),
-                "rows": [r.to_dict() for r in rows],
-            }
-        )
+        shown = [row.to_dict() for row in rows]
+        _print_json({"split": split, "config": config.to_dict(), "data": record, "rows": shown})
         return
+    images = data.val if split == "val" else data.test
     title = f"{config.model} on {config.dataset}, {len(images)} {split} images"
-    unverified = trainer.data.record()["unverified"]
+    unverified = record["unverified"]
     if unverified:
         title += f"; not as published: {', '.join(unverified)}"
     Console().print(results_table(rows, title))

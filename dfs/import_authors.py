@@ -8,7 +8,6 @@ deterministic: their code adds uniform noise to the codes before rounding them.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dfs.data import Preprocessing
 from dfs.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
-from dfs.train.checkpoint import CheckpointError, load_exactly, save_checkpoint
+from dfs.train.checkpoint import CheckpointError, load_exactly, read_saved, save_checkpoint
 from dfs.train.config import TrainConfig
 from dfs.train.network import build_dynamic
 
@@ -70,6 +69,9 @@ class AuthorsNetwork:
     def dataset(self) -> str:
         return "cifar10" if self.classes == len(CIFAR10_CLASSES) else "cifar100"
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"depth": self.depth, "dataset": self.dataset, "choices": list(self.choices)}
+
 
 def import_authors(source: Path, out: Path, choices: Sequence[int] | None = None) -> AuthorsNetwork:
     """Write a checkpoint of this project from one of theirs.
@@ -107,13 +109,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: unreadable, or no state dict; no code in it is run.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    content = read_saved(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path}: holds no state_dict")
@@ -248,7 +244,7 @@ def _norm(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
 def _reshaped(value: Tensor, ours: str) -> Tensor:
     """A row per BatchNorm, a matrix per embedding, a 1x1 convolution as the classifier."""
     if re.search(r"(^|\.)bn", ours):
-        return value[None].float()
+        return value[None]
     if ours.startswith("gate.embed") and value.dim() == 4:
         return value.flatten(1)
     if ours == "classifier.weight":
@@ -262,12 +258,3 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, source: Path
     if state[name].dim() != dimensions:
         raise CheckpointError(f"{source}: {name!r} has shape {tuple(state[name].shape)}")
     return list(state[name].shape)
-
-
-def summary(found: AuthorsNetwork) -> dict[str, Any]:
-    """What was found, for people and machines."""
-    return {
-        "model": f"resnet{found.depth}",
-        "dataset": found.dataset,
-        "choices": list(found.choices),
-    }

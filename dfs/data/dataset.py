@@ -45,6 +45,9 @@ class Images(Protocol):
     def to(self, device: torch.device | str) -> Images:
         """The same set, its batches on ``device``."""
 
+    def prepared(self, preprocessing: Preprocessing) -> Images:
+        """The same pictures, prepared as another network takes them."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -76,6 +79,17 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.preprocessing)
+
+    def prepared(self, preprocessing: Preprocessing) -> ImageSet:
+        """ValueError if what it asks for can't be made of these images."""
+        if self.images.dtype != torch.uint8:
+            raise ValueError("these images are kept normalized; they can't be prepared anew")
+        if (preprocessing.channels, preprocessing.size) != self.images.shape[1:3]:
+            raise ValueError(
+                f"the network takes {preprocessing.channels} channels of {preprocessing.size} "
+                f"pixels, the images have {tuple(self.images.shape[1:])}"
+            )
+        return ImageSet(self.images, self.labels, preprocessing)
 
     def take(self, index: Tensor) -> ImageSet:
         index = index.to(self.images.device)
@@ -148,8 +162,27 @@ class DataSplits:
 
     def to(self, device: torch.device | str) -> DataSplits:
         """The same splits, their batches on ``device``."""
-        parts = {name: getattr(self, name).to(device) for name in ("train", "gate", "val", "test")}
+        parts: dict[str, Any] = {name: part.to(device) for name, part in self._parts().items()}
         return replace(self, **parts)
+
+    def prepared(self, preprocessing: Preprocessing) -> DataSplits:
+        """The same splits as a network takes them that was trained elsewhere.
+
+        Raises:
+            ValueError: it knows other classes, or takes other images.
+        """
+        if preprocessing == self.preprocessing:
+            return self
+        own = None if self.preprocessing is None else self.preprocessing.class_names
+        if preprocessing.class_names != own:
+            raise ValueError(f"the network knows other classes than data set {self.name} has")
+        parts: dict[str, Any] = {
+            name: part.prepared(preprocessing) for name, part in self._parts().items()
+        }
+        return replace(self, **parts, preprocessing=preprocessing)
+
+    def _parts(self) -> dict[str, Images]:
+        return {name: getattr(self, name) for name in ("train", "gate", "val", "test")}
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of its data: plain values."""

@@ -125,6 +125,9 @@ class StreamedImages:
     def to(self, device: torch.device | str) -> StreamedImages:
         return StreamedImages(self._files, self._labels, self.preprocessing, self.workers, device)
 
+    def prepared(self, preprocessing: Preprocessing) -> StreamedImages:
+        return StreamedImages(self._files, self._labels, preprocessing, self.workers, self.device)
+
     def batches(self, size: int) -> Iterator[ImageSet]:
         places = range(0, len(self), size)
         orders = [[(i, None) for i in range(p, min(p + size, len(self)))] for p in places]

@@ -13,13 +13,15 @@ from dfs.data import Images
 from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
-from dfs.nn.quantizers import LSQ
+from dfs.nn.quantizers import LSQ, Quantizer
 from dfs.nn.stream import STREAM_BITS
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
 
 _CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
 _SAMPLED_VALUES = 1 << 15
+# Without training, BatchNorm statistics are kept from this width on.
+_KEPT_FROM = 8
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
@@ -63,7 +65,10 @@ def best_weight_steps(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed: int) -> None:
-    """Set every step by least squared error, from the full-precision network's activations."""
+    """Set every step by least squared error, from the full-precision network's activations.
+
+    Quantizers without learned steps observe their ranges instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -73,7 +78,10 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         seen.setdefault(key, []).append(flat[picked])
 
     def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, DFSConv2d)
         sample(module, args[0])
+        if not isinstance(module.quantizer, LSQ):
+            module.quantizer.observe(args[0])
 
     def watch_block(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, ResidualBlock)
@@ -137,22 +145,27 @@ class _Moments:
 def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: int = 0) -> None:
     """Fit a network with trained weights to its widths, without training.
 
-    Steps by least squared error over clip ratios; BatchNorm statistics of every width from what it
-    really sees. 512 images are enough for 8 bits, which then run at about full accuracy; 4 bits and
-    less want training too.
+    Steps by least squared error over clip ratios. BatchNorm statistics of the widths below 8 bits
+    are estimated from what they really see; those above follow the full-precision network closely
+    enough to keep its statistics, which more images went into. A few hundred images do; 4 bits and
+    less want training besides.
 
     Args:
         images: float (N, C, H, W), normalized as in training.
         seed: decides which activations are looked at.
     """
-    expected = ("N", model.in_channels, "H", "W")
     if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
-        raise ValueError(f"images must be {expected} with N >= 2, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (N, {model.in_channels}, H, W) with N >= 2, got {tuple(images.shape)}"
+        )
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     was_training = model.training
     calibrate_steps(model, images, batch_size, seed)
-    estimate_every_width(model, list(images.split(batch_size)))
+    batches = list(images.split(batch_size))
+    for width in model.choices:
+        if 0 < width < _KEPT_FROM:
+            reestimate_batchnorm(model, batches, width, keep_from=_KEPT_FROM)
     model.train(was_training)
 
 
@@ -178,6 +191,7 @@ def reestimate_batchnorm(
     batches: Sequence[Tensor],
     policy: Policy = None,
     min_samples: int = 256,
+    keep_from: int | None = None,
 ) -> list[KeptStatistics]:
     """Estimate BatchNorm statistics again, block by block, each from what it will really see.
 
@@ -185,6 +199,7 @@ def reestimate_batchnorm(
         batches: training images, as many as are to be used.
         policy: None routes as the gate decides; an int runs every gated block at that width.
         min_samples: a gated (block, width) with fewer routed samples keeps what it had.
+        keep_from: widths from here on keep what they had, and are not listed.
 
     Returns:
         The entries kept. Widths that no sample was routed to are among them.
@@ -192,16 +207,16 @@ def reestimate_batchnorm(
     was_training = model.training
     model.train()
     for module in model.modules():
-        if isinstance(module, PerWidthBatchNorm2d):
+        if isinstance(module, (PerWidthBatchNorm2d, Quantizer)):
             module.eval()
     kept: list[KeptStatistics] = []
     ungated = model.ungated_bits
     uniform = [torch.full((len(b),), ungated, dtype=torch.int32) for b in batches]
     stems = [model.stem(b, ungated) for b in batches]
-    _set_statistics(model.bn_stem, stems, uniform, 0)
+    _set_statistics(model.bn_stem, stems, uniform, 0, keep_from)
     target = model.streams[0]
     streams = [target(model.pool(torch.relu(model.bn_stem(s, ungated)))) for s in stems]
-    streams = _through_block(model, 0, streams, uniform, 0, kept)
+    streams = _through_block(model, 0, streams, uniform, 0, keep_from, kept)
     states: list[State | None] = [None] * len(batches)
     for index in range(model.gated_blocks):
         bits = []
@@ -210,7 +225,7 @@ def reestimate_batchnorm(
             states[i] = decision.state
             bits.append(decision.bits)
         needed = min_samples if policy is None else 0
-        streams = _through_block(model, index + 1, streams, bits, needed, kept)
+        streams = _through_block(model, index + 1, streams, bits, needed, keep_from, kept)
     model.train(was_training)
     return [k for k in kept if policy is None or k.width == policy]
 
@@ -221,6 +236,7 @@ def _through_block(
     streams: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
+    keep_from: int | None,
     kept: list[KeptStatistics],
 ) -> list[Tensor]:
     block = model.blocks[index]
@@ -228,12 +244,12 @@ def _through_block(
     if block.downsamples:
         widths = [torch.zeros_like(b) + block.shortcut_bits(b) for b in bits]
         shortcuts = [block.shortcut(s, w) for s, w in zip(streams, widths, strict=True)]
-        _set_statistics(block.bn_shortcut, shortcuts, widths, 0)
+        _set_statistics(block.bn_shortcut, shortcuts, widths, 0, keep_from)
     hidden, counts = streams, dict[int, int]()
     for i, (conv, norm) in enumerate(block.layers()):
         inputs = [torch.relu(h) if i else h for h in hidden]
         sums = [conv(h, b) for h, b in zip(inputs, bits, strict=True)]
-        counts = _set_statistics(norm, sums, bits, min_samples)
+        counts = _set_statistics(norm, sums, bits, min_samples, keep_from)
         hidden = [norm(y, b) for y, b in zip(sums, bits, strict=True)]
     for width, count in counts.items():
         if count < max(min_samples, 1):
@@ -242,11 +258,17 @@ def _through_block(
 
 
 def _set_statistics(
-    norm: PerWidthBatchNorm2d, outputs: list[Tensor], bits: list[Tensor], min_samples: int
+    norm: PerWidthBatchNorm2d,
+    outputs: list[Tensor],
+    bits: list[Tensor],
+    min_samples: int,
+    keep_from: int | None,
 ) -> dict[int, int]:
-    """Set what has enough samples; returns the sample count of every width."""
+    """Set what has enough samples; returns the sample count of every width below ``keep_from``."""
     counts = {}
     for i, widths in enumerate(norm.entries):
+        if keep_from is not None and widths[-1] >= keep_from:
+            continue
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
             rows = norm.rows_of(i, b)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from dfs.data.augment import middle_cut, random_cut
 from dfs.data.preprocessing import channel_statistics
 from dfs.data.raw import hold_out, share_with_gates
 from dfs.data.stream import StreamedImages
+from dfs.train import Trainer
 from tests.framework import data_files
+from tests.framework.helpers import TINY
 
 PARTS = ("train", "gate", "val", "test")
 
@@ -274,6 +277,31 @@ def test_evaluation_sees_the_middle_of_every_picture(folders: Path) -> None:
     assert torch.equal(data.preprocessing.normalize(pixels)[0], whole[3])
 
 
+def test_splits_move_to_a_device_and_stay_the_same(small: DataSplits, folders: Path) -> None:
+    for data in (small, load_dataset("folder", 0, folders, 16)):
+        moved = data.to(torch.device("cpu"))
+        for name in ("train", "test"):
+            before, after = getattr(data, name), getattr(moved, name)
+            assert type(before) is type(after)
+            assert torch.equal(before.first(5), after.first(5))
+            assert torch.equal(before.labels, after.labels)
+        assert moved.record() == data.record()
+
+
+def test_images_are_prepared_as_another_network_takes_them(small: DataSplits) -> None:
+    own = small.preprocessing
+    assert own is not None
+    other = replace(own, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25))
+    prepared = small.prepared(other)
+    assert isinstance(small.test, ImageSet)
+    assert torch.equal(prepared.test.first(20), other.normalize(small.test.images))
+    assert prepared.preprocessing == other
+    with pytest.raises(ValueError, match="other classes"):
+        small.prepared(replace(own, class_names=own.class_names[::-1]))
+    with pytest.raises(ValueError, match="3 channels of 28 pixels"):
+        small.prepared(replace(own, size=28))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_picture_is_named_wherever_it_is_met(workers: int, folders: Path) -> None:
     data = load_dataset("folder", 0, folders, 16)
@@ -343,3 +371,20 @@ def test_a_record_that_makes_no_sense_is_refused(changed: dict[str, object]) -> 
 def test_uint8_images_can_not_go_unnormalized() -> None:
     with pytest.raises(ValueError, match="need a preprocessing"):
         ImageSet(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_a_resumed_run_sees_the_batches_that_it_would_have_seen(
+    name: str, small: DataSplits, folders: Path, tmp_path: Path
+) -> None:
+    data = small if name == "cifar10" else load_dataset("folder", 0, folders, 12)
+    straight = Trainer(TINY, None, data)
+    assert straight.run(until=1)
+    resumed = Trainer(TINY, tmp_path / "run", data)
+    while not resumed.run(until=1, max_steps=3):
+        resumed = Trainer.load(tmp_path / "run", data)
+    for key, value in straight.plain.state_dict().items():
+        assert torch.equal(value, resumed.plain.state_dict()[key]), key

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dfs.cli import main
 from dfs.cost import BitOps, PaperCost
 from dfs.data import Preprocessing
 from dfs.data.picture import PictureError, network_pixels, read_picture
@@ -17,7 +15,7 @@ from dfs.predict import Prediction, Predictor
 from dfs.train import TrainConfig
 from dfs.train.checkpoint import CheckpointError, save_checkpoint
 from dfs.train.network import load_network
-from tests.framework.helpers import settled_model
+from tests.framework.helpers import run_dfs, settled_model
 
 NAMES = tuple(f"class {i}" for i in range(10))
 RECORD = Preprocessing(16, 16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), NAMES)
@@ -43,18 +41,6 @@ def _picture(folder: Path, name: str = "a.png", side: int = 16, seed: int = 0) -
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(folder / name)
     return folder / name
-
-
-def _dfs(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["dfs", "predict", *arguments])
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    printed = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, printed.out, printed.err
 
 
 # What is said of a picture
@@ -98,6 +84,27 @@ def test_a_larger_picture_is_scaled_and_its_middle_taken(tmp_path: Path) -> None
     assert found.shape == (3, 16, 16)
     # The scaling's filter reaches a pixel over the edge of the cut.
     assert (found[:, :, 1:-1] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
+
+
+def test_scanned_digits_come_back_from_pictures_as_they_were_trained_on(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+
+    from dfs.data import load_dataset
+
+    data = load_dataset("digits")
+    record = data.preprocessing
+    assert record is not None
+    assert record.class_names == tuple("0123456789")
+    parts = (data.train, data.gate, data.val, data.test)
+    known = torch.cat([part.first(2000) for part in parts])
+    for i, scan in enumerate(load_digits().images[:20]):
+        pixels = np.round(scan * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        image = record.normalize(network_pixels(tmp_path / f"{i}.png", record)[None])
+        # Its scan among all of them; one level in 255 is 0.01 here.
+        distances = (known - image).abs().amax((1, 2, 3))
+        assert float(distances.sort().values[0]) < 0.02
 
 
 # Pictures of all kinds
@@ -204,7 +211,7 @@ def test_the_command_names_what_it_can_not_read_and_does_the_others(
     good, bad = _picture(tmp_path, "good.png"), tmp_path / "bad.png"
     bad.write_bytes(b"hello")
     arguments = ["--checkpoint", str(checkpoint), str(bad), str(good), str(tmp_path / "none.png")]
-    code, out, error = _dfs([*arguments, "--json"], monkeypatch, capsys)
+    code, out, error = run_dfs(["predict", *arguments, "--json"], monkeypatch, capsys)
     assert code == 2
     found = json.loads(out)
     assert [one["path"] for one in found["predictions"]] == [str(good)]
@@ -214,12 +221,11 @@ def test_the_command_names_what_it_can_not_read_and_does_the_others(
     assert [str(bad) in one for one in found["unreadable"]] == [True, False]
     lines = error.strip().splitlines()
     assert [str(bad) in lines[0], "none.png: no such file" in lines[1]] == [True, True]
-    code, out, _ = _dfs(arguments, monkeypatch, capsys)
+    code, out, _ = run_dfs(["predict", *arguments], monkeypatch, capsys)
     assert code == 2
     assert "good.png" in out
-    code, out, error = _dfs(
-        ["--checkpoint", str(checkpoint.parent), str(good)], monkeypatch, capsys
-    )
+    arguments = ["predict", "--checkpoint", str(checkpoint.parent), str(good)]
+    code, out, error = run_dfs(arguments, monkeypatch, capsys)
     assert (code, error) == (0, "")
     assert "confidence" in out
 
@@ -247,6 +253,8 @@ def test_a_checkpoint_that_can_not_be_used_is_refused(
 def test_a_checkpoint_that_is_not_there_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, error = _dfs(["--checkpoint", str(tmp_path), "a.png"], monkeypatch, capsys)
+    code, out, error = run_dfs(
+        ["predict", "--checkpoint", str(tmp_path), "a.png"], monkeypatch, capsys
+    )
     assert (code, out) == (2, "")
     assert error == f"dfs: {tmp_path / 'checkpoint.pt'}: no such checkpoint\n"

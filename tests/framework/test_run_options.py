@@ -348,7 +348,7 @@ def test_the_papers_rule_pushes_the_cost_to_the_side_of_the_target(data: DataSpl
         if "cost" in measured:
             costs.setdefault(stage, []).append(measured["cost"])
 
-    trainer = Trainer(replace(_PAPER, gate_epochs=6, joint_epochs=6, beta=0.3), None, data)
+    trainer = Trainer(replace(_PAPER, gate_epochs=6, joint_lr=0.3, beta=0.3), None, data)
     trainer.run(1)
     with torch.no_grad():
         trainer.model.gate.proj.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
