@@ -212,7 +212,7 @@ def plot_sheet(
 
 
 def _draw_picture(shown: Any, spent: Any, picture: SheetImage, colours: Mapping[int, Any]) -> None:
-    pixels = picture.pixels.permute(1, 2, 0).squeeze(-1)
+    pixels = picture.pixels.permute(1, 2, 0).squeeze(-1).numpy()
     shown.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     shown.set_title(picture.caption, fontsize=7)
     bits = picture.bits.tolist()
