@@ -127,6 +127,9 @@ def test_time_runs_out_with_a_checkpoint_and_contradictions_are_refused(
     code, _, error = run_dfs([*again, "--target", "0.02"], monkeypatch, capsys)
     assert code == 2
     assert "target=0.02, but the run has 0.04" in error
+    code, _, error = run_dfs([*again, "--dataset", "mnist"], monkeypatch, capsys)
+    assert code == 2
+    assert "dataset=mnist, but the run has digits" in error
     code, _, error = run_dfs([*again, "--set", "seed=4", "--gate", "constant"], monkeypatch, capsys)
     assert code == 2
     assert "gate=constant, but the run has rnn" in error
