@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dfs.cost import Cost
 from dfs.data import Images
 from dfs.models import DynamicResNet, Policy
-from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
+from dfs.nn import ConstantGate, DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
 from dfs.nn.quantizers import LSQ, Quantizer
 from dfs.nn.stream import STREAM_BITS
@@ -312,13 +313,15 @@ def calibrate_gate_bias(
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
     The bias of a choice grows with its cost, so the order of what the gate prefers among
-    inputs stays.
+    inputs stays. Gates that decide the same for every image have few costs to choose from; they
+    are held within the target.
 
     Returns:
         The mean cost reached.
     """
     model.eval()
     spread = cost_direction(cost)
+    constant = isinstance(model.gate, ConstantGate)
 
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)
@@ -333,11 +336,13 @@ def calibrate_gate_bias(
         low *= 4
     while measure(high) > target and high < 1e4:
         high *= 4
-    best = (float("inf"), 0.0, 0.0)
+    # Where nothing else will do, everything at the cheapest.
+    best = (math.inf, high, 0.0)
     for _ in range(24):
         middle = (low + high) / 2
         reached = measure(middle)
-        best = min(best, (abs(reached - target), middle, reached))
+        beyond = constant and reached > target
+        best = min(best, (math.inf if beyond else abs(reached - target), middle, reached))
         if reached > target:
             low = middle
         else:

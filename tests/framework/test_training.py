@@ -325,6 +325,19 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
     assert reached == pytest.approx(target, rel=0.05)
 
 
+def test_a_constant_gate_is_held_within_the_target() -> None:
+    torch.manual_seed(0)
+    model = settled_model(depth=14, gate="constant")
+    torch.nn.init.normal_(model.gate.logits)
+    images = ImageSet(torch.randn(16, 3, 8, 8), torch.zeros(16, dtype=torch.long))
+    cost = PaperCost(model)
+    for target in (0.001, 0.01, 0.02, 0.04):
+        reached = calibrate_gate_bias(model, images, cost, target, 16)
+        assert reached <= target
+    # A block more at 8 bits would be beyond.
+    assert reached > 0.04 - (8 / 32) ** 2 / model.gated_blocks
+
+
 # Pieces of the loss
 
 
