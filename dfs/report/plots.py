@@ -188,26 +188,23 @@ def plot_sheet(
     """
     pyplot = _pyplot()
     columns = max(map(len, groups.values()))
-    figure, panels = pyplot.subplots(
-        2 * len(groups),
-        columns,
-        figsize=(1.15 * columns, 0.7 + 2.1 * len(groups)),
-        squeeze=False,
-        height_ratios=[5, 1] * len(groups),
-    )
+    figure = pyplot.figure(figsize=(1.15 * columns, 2.4 * len(groups)), layout="constrained")
     colours = width_colours(choices)
-    for row, (title, pictures) in enumerate(groups.items()):
+    rows = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+    for row, (title, pictures) in zip(rows, groups.items(), strict=True):
+        row.suptitle(title, x=0.01, ha="left", fontsize=10)
+        panels = row.subplots(2, columns, squeeze=False, height_ratios=[5, 1])
         for column in range(columns):
-            shown, spent = panels[2 * row, column], panels[2 * row + 1, column]
+            shown, spent = panels[:, column]
             shown.axis("off")
             spent.axis("off")
             if column < len(pictures):
                 _draw_picture(shown, spent, pictures[column], colours)
-        panels[2 * row, 0].set_title(title, loc="left", fontsize=10, pad=24)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[w]) for w in choices]
     names = [_name(width) for width in choices]
-    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8
+    )
     _save(figure, path)
 
 
