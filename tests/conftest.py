@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The Triton kernels are tested on CPU tensors. Triton looks at it when they are defined.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+from bench.gpu.device import is_rehearsal, missing_reason
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -22,6 +21,23 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("dfs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton looks at it when a kernel is defined, so a run compiles all kernels or interprets all,
+    # on CPU tensors: tests that need a GPU have a run of their own, ``pytest -m gpu``.
+    if is_rehearsal() or config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = missing_reason()
+    if reason is None and not is_rehearsal() and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "Triton's kernels are interpreted in this run: pytest -m gpu runs these"
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

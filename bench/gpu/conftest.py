@@ -1,0 +1,33 @@
+"""What the GPU benchmarks share: without a GPU they are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from bench.gpu.device import facts, machine, missing_reason
+from bench.gpu.peaks import measured_peaks
+from bench.gpu.prepared import tf32
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    """Skips without a GPU, and gives each benchmark's memory back."""
+    reason = missing_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    with tf32(False):
+        yield
+    machine().release()
+
+
+# pytest-benchmark's own hook; optional, since the plugin need not be installed to collect.
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    if missing_reason() is None:
+        output_json["machine_info"]["gpu"] = {**facts(), "peaks": asdict(measured_peaks())}
