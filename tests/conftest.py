@@ -41,6 +41,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests marked gpu: full float32, and an end of the run where the GPU is lost."""
+    if request.node.get_closest_marker("gpu") is None or is_rehearsal():
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        # An illegal access leaves nothing that works in this process, for whatever test is next.
+        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {error}", returncode=1)
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20200100705)
 

@@ -17,8 +17,8 @@ from bench.gpu.contestants import ours, prepare
 from bench.gpu.ours import implementations, packed
 from bench.gpu.peaks import measured_peaks
 from bench.gpu.peers import BF16_PEERS
-from bench.gpu.prepared import GpuPrepared, to_run
-from bench.interleaved import per_round, spread, take_turns
+from bench.gpu.prepared import GpuPrepared, take_gpu_turns, to_run
+from bench.interleaved import per_round, spread
 from bench.layers import GPU_LAYERS, Layer
 from bench.ours import MIX
 from bench.prepared import Unavailable
@@ -179,7 +179,7 @@ def _compare(
         contestant.prepared.check()
 
     def measure() -> Measured:
-        times = take_turns([contestant.turn() for contestant in contestants])
+        times = take_gpu_turns(contestants)
         seconds = [spread(t).median for t in times]
         return Measured(per_round(times, statistic), {"seconds": seconds})
 

@@ -13,7 +13,8 @@ import torch
 
 from bench.gpu.contestants import labels, names_for, prepare
 from bench.gpu.peaks import measured_peaks
-from bench.interleaved import spread, take_turns
+from bench.gpu.prepared import take_gpu_turns
+from bench.interleaved import spread
 from bench.layers import GPU_LAYERS, Layer
 from bench.prepared import Unavailable
 
@@ -38,9 +39,7 @@ def test_gpu_forward(benchmark: Any, layer: Layer, batch: int, name: str) -> Non
         contestant.prepared.check()
         if benchmark.disabled:
             return
-        (times,) = benchmark.pedantic(
-            lambda: take_turns([contestant.turn()]), rounds=1, iterations=1
-        )
+        (times,) = benchmark.pedantic(take_gpu_turns, args=([contestant],), rounds=1, iterations=1)
     seconds, work = spread(times), contestant.work
     benchmark.extra_info.update(
         kind="gpu_layer",

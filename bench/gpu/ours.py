@@ -37,7 +37,7 @@ from bench.prepared import Prepared
 from bench.rotation import Rotation
 from dfs_kernels import PackedActivation, mixed_conv2d, quantize_pack, unpack_dequantize
 from dfs_kernels.backends import triton
-from dfs_kernels.triton.configs import ConvConfig
+from dfs_kernels.triton import configs
 
 _BUCKETS = "buckets"
 
@@ -83,10 +83,8 @@ def bind(run: Run, implementation: str) -> Run:
 
 @contextmanager
 def _in_buckets() -> Iterator[None]:
-    choose = triton.conv_config
-
-    def chosen(*sizes: Any) -> ConvConfig:
-        return replace(choose(*sizes), buckets=True)
+    def chosen(*sizes: Any) -> configs.ConvConfig:
+        return replace(configs.conv_config(*sizes), buckets=True)
 
     with patch.object(triton, "conv_config", chosen):
         yield

@@ -70,7 +70,8 @@ class Peer:
             try:
                 run(x)
             except RuntimeError as error:
-                raise Unavailable(f"no fused form: {str(error).splitlines()[0]}") from None
+                why = str(error).partition(". ")[0]
+                raise Unavailable(f"cuDNN has no fused form here: {why}") from None
         touched = dtype.itemsize * batch * (layer.in_values + layer.out_values)
         copies = copies_for(batch, touched)
         call = Rotation(run, [x, *(x.clone() for _ in range(copies - 1))])
@@ -106,9 +107,8 @@ class Peer:
         )
 
 
-PEERS = tuple(
-    Peer(precision, channels_last, fused)
-    for precision in _DTYPES
-    for channels_last, fused in ((False, False), (True, False), (True, True))
+PEERS = (
+    *(Peer(precision, channels_last) for precision in _DTYPES for channels_last in (False, True)),
+    *(Peer(precision, channels_last=True, fused=True) for precision in ("bf16", "fp16")),
 )
 BF16_PEERS = tuple(peer for peer in PEERS if peer.precision == "bf16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from bench.gpu.device import is_rehearsal, machine
 from bench.gpu.roofline import Work
+from bench.interleaved import ROUNDS, take_turns
 from bench.layers import Layer
 from bench.prepared import Prepared
 from bench.rotation import copies_to_rotate
@@ -29,6 +30,7 @@ _TURN_SECONDS = 0.5e-3
 _SMALL_SIDE = 4
 _FEW_CHANNELS = 16
 _SMALL_BATCH = 4
+_ROUNDS_IN_REHEARSAL = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ def calls_to_record(seconds: float, copies: int) -> int:
         return 1
     wanted = min(max(math.ceil(_RECORDED_SECONDS / seconds), _FEWEST_CALLS), _MOST_CALLS)
     return copies * math.ceil(wanted / copies)
+
+
+def take_gpu_turns(contestants: Sequence[GpuPrepared]) -> list[list[float]]:
+    """Seconds per call of each contestant in each round; their results have been checked."""
+    rounds = _ROUNDS_IN_REHEARSAL if is_rehearsal() else ROUNDS
+    return take_turns([contestant.turn() for contestant in contestants], rounds)
 
 
 def copies_for(batch: int, touched_bytes: float) -> int:

@@ -42,7 +42,9 @@ def commit(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     head = _git("rev-parse", "HEAD")
     if head is None:
         return {"id": "unknown", "dirty": None}
-    return {"id": head, "dirty": bool(_git("status", "--porcelain"))}
+    # Results are not what is checked.
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return {"id": head, "dirty": bool(changed)}
 
 
 def _git(*arguments: str) -> str | None:

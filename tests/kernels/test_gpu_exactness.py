@@ -5,7 +5,7 @@ The reference runs on copies on the CPU, or for large shapes on the GPU itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import ours
 from bench.gpu.backends import gpu_backends
 from bench.gpu.device import is_rehearsal, machine
-from bench.gpu.prepared import tf32, to_run
+from bench.gpu.prepared import to_run
 from bench.layers import GPU_LAYERS, INTEGER_WIDTHS, Layer, layer_input, layer_weights
 from dfs_kernels import PackedActivation, mixed_conv2d, quantize_pack, reference, unpack_dequantize
 from dfs_kernels.backends import load
@@ -125,7 +125,9 @@ def test_special_values_quantize_alike(backend: str, bits: int, device: torch.de
 
 @every_backend
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize(("channels", "size"), [(1, (1, 1)), (5, (3, 7)), (64, (8, 8)), (17, (9, 5))])
+@pytest.mark.parametrize(
+    ("channels", "size"), [(1, (1, 1)), (5, (3, 7)), (64, (8, 8)), (17, (9, 5))]
+)
 def test_quantize_pack_and_unpack_dequantize(
     backend: str, channels: int, size: tuple[int, int], form: str, device: torch.device
 ) -> None:
@@ -268,9 +270,7 @@ def float_run(layer: Layer, bits: Tensor) -> Callable[..., Any]:
 @every_backend
 @pytest.mark.parametrize("form", ["packed", "in_place"])
 @pytest.mark.parametrize("bits", [8, 2])
-def test_addresses_beyond_int32(
-    backend: str, form: str, bits: int, device: torch.device
-) -> None:
+def test_addresses_beyond_int32(backend: str, form: str, bits: int, device: torch.device) -> None:
     """Batches whose packed rows lie further apart than a signed 32-bit number of bytes."""
     layer = Layer("wide", "square", 16, 16, _side(), (1,))
     row = row_bytes((bits,), 16, layer.side, layer.side)
