@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import results
-from bench.gpu.processes import Job, Outcomes, Shards, read_outcomes, run_all
+from bench.gpu.processes import Job, Outcomes, Shards, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / ".benchmarks" / "gpu-check"
@@ -158,7 +158,8 @@ def _timed(context: Context, deadline: float, **changes: str) -> Result:
     if context.bench_keyword is not None:
         command += ["-k", context.bench_keyword]
     job = context.run("bench", command, deadline, **changes)
-    found = read_outcomes(job.log.read_text(errors="replace"))
+    found = Outcomes()
+    found.add(job)
     result = _of_tests(found, list(found.results))
     if job.cut_off or not file.exists():
         return Result("FAILED" if not job.cut_off else "CUT OFF", result.summary, _tail(job.log))
@@ -175,7 +176,8 @@ def dry(context: Context, deadline: float) -> Result:
     rehearsal = {"DFS_GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
     command = [*_pytest(), *gpu_test_files(), "-m", "gpu", "-k", _DRY_TESTS, "-v", "--tb=short"]
     tried = context.run("dry-tests", command, deadline, **rehearsal)
-    outcomes = read_outcomes(tried.log.read_text(errors="replace"))
+    outcomes = Outcomes()
+    outcomes.add(tried)
     if tried.returncode != 0:
         return _of_tests(outcomes, list(outcomes.results))
     calls = context.run(
@@ -194,9 +196,9 @@ def dry(context: Context, deadline: float) -> Result:
 # In the order in which they run, each with its seconds: under nine minutes together.
 PARTS: dict[str, tuple[Part, float]] = {
     "build": (build, 100),
-    "test": (test, 130),
+    "test": (test, 140),
     "sanitize": (sanitize, 50),
-    "bench": (bench, 255),
+    "bench": (bench, 250),
     "dry": (dry, 300),
 }
 DEFAULT_PARTS = ("build", "test", "sanitize", "bench")
@@ -237,15 +239,19 @@ def run_parts(
 ) -> dict[str, tuple[Result, float]]:
     """Every part, whatever became of those before it, with the seconds it took.
 
+    A part may use what those before it have left of their time.
+
     Args:
         seconds: for each part, in place of its own.
     """
     found = {}
+    deadline = time.monotonic()
     for name, (part, own) in parts.items():
         start = time.monotonic()
+        deadline += own if seconds is None else seconds
         print(f"{name} ...", flush=True)
         try:
-            result = part(context, start + (own if seconds is None else seconds))
+            result = part(context, deadline)
         except Exception as error:  # the parts after it have to run
             result = Result("FAILED", f"{type(error).__name__}: {error}")
         found[name] = (result, time.monotonic() - start)
@@ -363,7 +369,10 @@ def _of_tests(outcomes: Outcomes, tests: Sequence[str]) -> Result:
         details.append(f"and {len(failed) - _MOST_LINES} more")
     if failed or not outcomes.results:
         return Result("FAILED", summary, tuple(details))
-    return Result("CUT OFF" if missing else "passed", summary, tuple(missing[:_MOST_LINES]))
+    if missing:
+        running = tuple(f"{test} was running" for test in outcomes.interrupted[:_MOST_LINES])
+        return Result("CUT OFF", summary, running)
+    return Result("passed", summary)
 
 
 def _why(outcomes: Outcomes, test: str) -> str:

@@ -59,20 +59,13 @@ class Job:
         self.returncode = self._process.poll()
         return self.returncode is not None
 
-    def stop(self) -> None:
-        """Interrupt it, and end it if that does not help, with all that it started."""
-        if self.poll():
-            return
-        self.cut_off = True
-        self._signal(signal.SIGINT)
-        end = time.monotonic() + _GRACE_SECONDS
-        while not self.poll() and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
-        self._signal(signal.SIGKILL)
+    def end(self) -> None:
+        """End it at once, with all that it started."""
+        self.signal(signal.SIGKILL)
         assert self._process is not None
         self.returncode = self._process.wait()
 
-    def _signal(self, number: int) -> None:
+    def signal(self, number: int) -> None:
         assert self._process is not None
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
@@ -99,8 +92,19 @@ def run_all(
                     running.append(follower)
             time.sleep(_POLL_SECONDS)
     finally:
-        for job in running:
-            job.stop()
+        _stop([job for job in running if not job.poll()])
+
+
+def _stop(jobs: Sequence[Job]) -> None:
+    """Interrupt them all, and end those that this does not stop."""
+    for job in jobs:
+        job.cut_off = True
+        job.signal(signal.SIGINT)
+    end = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < end and not all([job.poll() for job in jobs]):
+        time.sleep(_POLL_SECONDS)
+    for job in jobs:
+        job.end()
 
 
 @dataclass
@@ -111,10 +115,12 @@ class Outcomes:
         results: by test, "PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL" or "XPASS"; "DIED" if its
             process ended in it.
         reasons: by failed test, one line.
+        interrupted: tests that were running at the deadline; they have no result.
     """
 
     results: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    interrupted: list[str] = field(default_factory=list)
 
     def count(self, *outcomes: str) -> int:
         return sum(result in outcomes for result in self.results.values())
@@ -123,6 +129,16 @@ class Outcomes:
     def failed(self) -> list[str]:
         bad = ("FAILED", "ERROR", "DIED", "XPASS")
         return [test for test, result in self.results.items() if result in bad]
+
+    def add(self, job: Job) -> None:
+        """What the log of a pytest process that has ended tells."""
+        found = read_outcomes(_text(job.log))
+        for test, result in found.results.items():
+            if result == "DIED" and job.cut_off:
+                self.interrupted.append(test)
+            else:
+                self.results[test] = result
+        self.reasons.update(found.reasons)
 
 
 def read_outcomes(text: str) -> Outcomes:
@@ -161,31 +177,30 @@ class Shards:
         self.tests = list(tests)
         self._command, self._environment, self._cwd = list(command), environment, cwd
         self._restarts = 0
-        self._logs: dict[Path, list[str]] = {}
-        self.jobs = [
+        self._shares: list[tuple[Job, list[str]]] = []
+        self._first = [
             self._job(logs / f"shard{i}.log", self.tests[i::count])
             for i in range(min(count, len(self.tests)))
         ]
 
     def run(self, deadline: float) -> Outcomes:
         """All tests, until the deadline; those without a result did not get their turn."""
-        for log in self._logs:
-            log.unlink(missing_ok=True)
-        run_all(self.jobs, deadline, self._continuation)
+        run_all(self._first, deadline, self._continuation)
         found = Outcomes()
-        for log in self._logs:
-            part = read_outcomes(_text(log))
-            found.results.update(part.results)
-            found.reasons.update(part.reasons)
+        for job, _ in self._shares:
+            found.add(job)
         return found
 
     def _job(self, log: Path, tests: list[str]) -> Job:
-        self._logs[log] = tests
-        return Job([*self._command, *tests], log, self._environment, self._cwd)
+        log.unlink(missing_ok=True)
+        job = Job([*self._command, *tests], log, self._environment, self._cwd)
+        self._shares.append((job, tests))
+        return job
 
     def _continuation(self, ended: Job) -> Job | None:
+        (tests,) = (tests for job, tests in self._shares if job is ended)
         done = read_outcomes(_text(ended.log)).results
-        rest = [test for test in self._logs[ended.log] if test not in done]
+        rest = [test for test in tests if test not in done]
         # Without any result pytest itself could not run, and would not the next time.
         if not rest or not done or self._restarts == _MOST_RESTARTS:
             return None

@@ -97,17 +97,19 @@ def test_the_exit_status_tells_whether_a_part_failed(
     assert check.main(["only"]) == code
 
 
-def test_a_part_gets_its_own_deadline(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_gets_its_own_time_and_what_others_left(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = []
 
     def part(context: Context, deadline: float) -> Result:
         given.append(deadline - time.monotonic())
         return Result("passed", "")
 
-    set_parts(monkeypatch, only=part)
+    set_parts(monkeypatch, first=part, second=part)
     check.main([])
     check.main(["--seconds=100"])
-    assert given == pytest.approx([5, 100], abs=1)
+    assert given == pytest.approx([5, 10, 100, 200], abs=1)
 
 
 def test_results_are_written_to_out_too(
@@ -200,9 +202,11 @@ def test_tests_that_do_not_get_their_turn_are_no_success(tmp_path: Path) -> None
     made, name = shards(tmp_path, slow + "    time.sleep(0 if n < 2 else 60)\n", 1)
     found = made.run(time.monotonic() + 6)
     result = check._of_tests(found, made.tests)
-    assert not result.is_good
-    assert f"{name}[0]" in found.results
-    assert "without a result" in result.summary
+    assert result.status == "CUT OFF"
+    assert set(found.results) == {f"{name}[0]", f"{name}[1]"}
+    assert found.interrupted == [f"{name}[2]"]
+    assert result.details == (f"{name}[2] was running",)
+    assert "5 without a result" in result.summary
 
 
 def test_processes_that_cannot_run_tests_are_not_started_again(tmp_path: Path) -> None:
