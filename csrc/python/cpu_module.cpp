@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -231,6 +232,41 @@ void bind_mixed_conv2d_backward(py::module_& module) {
   def_pointer(cls, "grad_add", &MixedConv2dBackwardArgs::grad_add);
 }
 
+void bind_rnn_gate(py::module_& module) {
+  using dfs::RnnGateArgs;
+  py::class_<RnnGateArgs> cls(module, "RnnGateArgs");
+  def_keyword_constructor(cls);
+  cls.def_readwrite("batch", &RnnGateArgs::batch)
+      .def_readwrite("input", &RnnGateArgs::input)
+      .def_readwrite("hidden", &RnnGateArgs::hidden);
+  cls.def_property(
+      "choices",
+      [](const RnnGateArgs& self) {
+        return std::vector<int32_t>(self.choices, self.choices + self.choice_count);
+      },
+      [](RnnGateArgs& self, const std::vector<int32_t>& choices) {
+        if (choices.empty() || choices.size() > static_cast<size_t>(dfs::kMaxChoices)) {
+          throw std::invalid_argument("got " + std::to_string(choices.size()) + " choices; 1 to " +
+                                      std::to_string(dfs::kMaxChoices) + " are allowed");
+        }
+        self.choice_count = static_cast<int64_t>(choices.size());
+        std::copy(choices.begin(), choices.end(), self.choices);
+      });
+  def_pointer(cls, "state", &RnnGateArgs::state);
+  def_pointer(cls, "embed_weight", &RnnGateArgs::embed_weight);
+  def_pointer(cls, "embed_bias", &RnnGateArgs::embed_bias);
+  def_pointer(cls, "weight_ih", &RnnGateArgs::weight_ih);
+  def_pointer(cls, "weight_hh", &RnnGateArgs::weight_hh);
+  def_pointer(cls, "bias_ih", &RnnGateArgs::bias_ih);
+  def_pointer(cls, "bias_hh", &RnnGateArgs::bias_hh);
+  def_pointer(cls, "proj_weight", &RnnGateArgs::proj_weight);
+  def_pointer(cls, "proj_bias", &RnnGateArgs::proj_bias);
+  def_pointer(cls, "choice_bias", &RnnGateArgs::choice_bias);
+  def_pointer(cls, "out_bits", &RnnGateArgs::out_bits);
+  def_pointer(cls, "out_logits", &RnnGateArgs::out_logits);
+  def_pointer(cls, "out_state", &RnnGateArgs::out_state);
+}
+
 // The checks that look at values, for callers that have not made them. What they refuse, Python
 // refuses with a message of its own, so these say only whether to go on.
 
@@ -333,6 +369,12 @@ bool try_unpack_dequantize(const dfs::FeatureMap& src, const dfs::FeatureMap& ds
   return true;
 }
 
+bool try_rnn_gate(const dfs::RnnGateArgs& args, int threads) {
+  if (is_packed(args.input) && !is_well_formed(args.input, args.batch)) return false;
+  dfs::rnn_gate(args, threads);
+  return true;
+}
+
 void bind_operations(py::module_& module) {
   using namespace py::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -392,6 +434,8 @@ void bind_operations(py::module_& module) {
   module.def("try_mixed_conv2d", &try_mixed_conv2d, "geometry"_a, "weight"_a, "weight_scale"_a,
              "batch"_a, "bits"_a, "input"_a, "input_scale"_a, "input_zero_point"_a, "bias"_a,
              "mul"_a, "add"_a, "residual"_a, "relu"_a, "output"_a, "threads"_a, Unlocked());
+  module.def("rnn_gate", &dfs::rnn_gate, "args"_a, "threads"_a, Unlocked());
+  module.def("try_rnn_gate", &try_rnn_gate, "args"_a, "threads"_a, Unlocked());
   module.def("mixed_conv2d_backward", &dfs::mixed_conv2d_backward, "args"_a, "threads"_a,
              Unlocked());
 }
@@ -412,5 +456,6 @@ PYBIND11_MODULE(_cpu, module) {
   bind_weight(module);
   bind_mixed_conv2d(module);
   bind_mixed_conv2d_backward(module);
+  bind_rnn_gate(module);
   bind_operations(module);
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfs_kernels.backends import reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, PackedConvWeight, Quantizer, WeightLayout
 from dfs_kernels.widths import KERNEL_WIDTHS
@@ -189,6 +190,36 @@ def mixed_conv2d_backward(
     args.grad_add = _pointer(gradients.add)
     _cpu.mixed_conv2d_backward(args, _threads())
     return gradients
+
+
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    weights = [value.contiguous() for value in call.weights]
+    args = gate_arguments(_feature_map(call.input), weights, call.choices, call.state, out)
+    _cpu.rnn_gate(args, _threads())
+
+
+def gate_arguments(
+    features: Any,
+    weights: Sequence[Tensor],
+    choices: tuple[int, ...],
+    state: Tensor | None,
+    out: GateStep,
+) -> Any:
+    """A gate's call as the compiled module takes it; every tensor is contiguous."""
+    return _cpu.RnnGateArgs(
+        batch=out.bits.shape[0],
+        input=features,
+        hidden=out.state.shape[2],
+        choices=choices,
+        state=_pointer(state),
+        out_bits=out.bits.data_ptr(),
+        out_logits=out.logits.data_ptr(),
+        out_state=out.state.data_ptr(),
+        **{
+            name: value.data_ptr()
+            for name, value in zip(RNNGateWeights._fields, weights, strict=True)
+        },
+    )
 
 
 def _threads() -> int:
