@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="begin no benchmark after so long: the rest are skipped",
     )
+    parser.addoption(
+        "--autotune",
+        action="store_true",
+        help="measure Triton's launch configurations first, as dfs_kernels.warmup does",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

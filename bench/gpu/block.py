@@ -6,27 +6,20 @@ from typing import Any
 
 import torch
 
-import dfs_kernels
 from bench.gpu.device import machine
 from bench.gpu.ours import bind, run_from_stream, stream_input
 from bench.gpu.prepared import GpuPrepared
 from bench.layers import Layer
 from bench.ours import assert_same, repeated_bits, run_into_stream
-from bench.prepared import Prepared, Unavailable
-from dfs_kernels import PackedActivation
+from bench.prepared import Prepared
+from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
 
 _CHOICES = (0, 2, 4, 8)
 _HIDDEN = 10
 
 
 def gated_block(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
-    """The 8-bit stream read and updated in place at 8 bits, then pooled by a recurrent gate.
-
-    Raises:
-        Unavailable: there is no op for the gate.
-    """
-    if not hasattr(dfs_kernels, "rnn_gate"):
-        raise Unavailable("dfs_kernels has no rnn_gate")
+    """The 8-bit stream read and updated in place at 8 bits, then pooled by a recurrent gate."""
     device = machine().device
     stream = stream_input(layer, batch)
     first = run_from_stream(layer, repeated_bits((8,), batch, device))
@@ -37,7 +30,7 @@ def gated_block(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
     def run(stream: PackedActivation, backend: str | None = None) -> Any:
         inner = first(stream, backend=backend)
         second((inner, stream), backend=backend)
-        return dfs_kernels.rnn_gate(stream, weights, _CHOICES, state, backend=backend)
+        return rnn_gate(stream, weights, _CHOICES, state, backend=backend)
 
     bound = bind(run, implementation)
 
@@ -51,7 +44,7 @@ def gated_block(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
     return GpuPrepared(Prepared(lambda: bound(stream), check))
 
 
-def _gate_weights(channels: int, device: torch.device) -> dfs_kernels.RNNGateWeights:
+def _gate_weights(channels: int, device: torch.device) -> RNNGateWeights:
     shapes = {
         "embed_weight": (_HIDDEN, channels),
         "embed_bias": (_HIDDEN,),
@@ -68,4 +61,4 @@ def _gate_weights(channels: int, device: torch.device) -> dfs_kernels.RNNGateWei
         for name, shape in shapes.items()
     }
     no_bias = torch.zeros(len(_CHOICES), dtype=torch.float64, device=device)
-    return dfs_kernels.RNNGateWeights(**values, choice_bias=no_bias)
+    return RNNGateWeights(**values, choice_bias=no_bias)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ _MOST_LINES = 12
 _WARM_UP_SHARE = 0.3
 # What processes of the benchmarks need at their end to write what they have.
 _RESERVE_SECONDS = 15.0
-# A first try of all that has no GPU: one test of each kind.
-_DRY_TESTS = "dry_run"
+# What a dry run tries: something of each kind that does not take long.
+_DRY_TESTS = "dry_run or ((training or packing or gate) and does_not_wait)"
 _DRY_BENCHMARKS = "64x8x8-batch1024 and (roofline or mixed or triton_skipped or cudnn_bf16)"
 
 
@@ -65,6 +65,8 @@ class Context:
     logs: Path
     keyword: str | None = None
     bench_keyword: str | None = None
+    # What a part sets for those after it.
+    variables: dict[str, str] = field(default_factory=dict)
 
     def environment(self, **changes: str) -> dict[str, str]:
         """This process's, without what would change the tests, and with the repository's root."""
@@ -72,7 +74,7 @@ class Context:
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         # Each of the test processes would start as many compilers as there are cores.
         fixed = {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        return {**kept, **fixed, "PYTHONPATH": str(ROOT), **changes}
+        return {**kept, **fixed, "PYTHONPATH": str(ROOT), **self.variables, **changes}
 
     def run(self, name: str, command: Sequence[str], deadline: float, **changes: str) -> Job:
         """One process to its end."""
@@ -128,21 +130,55 @@ def sanitize(context: Context, deadline: float) -> Result:
     return _of_sanitizers(dict(zip(_SANITIZERS, jobs, strict=True)))
 
 
-def bench(context: Context, deadline: float) -> Result:
-    """The kernels of the benchmarks compiled by several processes, then all of them timed."""
-    start = time.monotonic()
-    ours_only = "not cudnn_"
-    keyword = context.bench_keyword
-    wanted = ours_only if keyword is None else f"({keyword}) and {ours_only}"
-    tests, problem = _collect(context, list(_BENCH), wanted, deadline)
+def tune(context: Context, deadline: float) -> Result:
+    """Triton's launch configurations, measured; the benchmarks after it take them."""
+    tests, problem = _collect_ours(context, deadline)
     if problem is not None:
         return problem
-    environment = context.environment(OMP_NUM_THREADS="1")
-    command = [*_pytest(), "-v", "--tb=short", "--disable-warnings", "--benchmark-disable"]
-    shards = Shards(tests, _processes(), command, context.logs / "warm-up", environment, ROOT)
-    share = _WARM_UP_SHARE * (deadline - start)
-    shards.run(start + share)
+    # Several processes at a time compile all configurations. What they measure is thrown away.
+    trial, folder = context.logs / "tuning-trial", context.logs / "tuned"
+    for earlier in (trial, folder):
+        shutil.rmtree(earlier, ignore_errors=True)
+    _check_benchmarks(context, tests, deadline, "--autotune", DFS_CACHE_DIR=str(trial))
+    command = [*_checking_benchmarks(), "--autotune", *tests]
+    job = context.run("tune", command, deadline, DFS_CACHE_DIR=str(folder))
+    context.variables["DFS_CACHE_DIR"] = str(folder)
+    outcomes = Outcomes()
+    outcomes.add(job)
+    result = _of_tests(outcomes, tests)
+    written = ", ".join(path.name for path in sorted(folder.glob("*.json"))) or "nothing"
+    return replace(result, summary=f"{written} in {folder}; {result.summary}")
+
+
+def bench(context: Context, deadline: float) -> Result:
+    """The kernels of the benchmarks compiled by several processes, then all of them timed."""
+    tests, problem = _collect_ours(context, deadline)
+    if problem is not None:
+        return problem
+    now = time.monotonic()
+    _check_benchmarks(context, tests, now + _WARM_UP_SHARE * (deadline - now))
     return _timed(context, deadline)
+
+
+def _collect_ours(context: Context, deadline: float) -> tuple[list[str], Result | None]:
+    """The benchmarks of our own kernels, for what only they need."""
+    keyword = context.bench_keyword
+    wanted = "not cudnn_" if keyword is None else f"({keyword}) and not cudnn_"
+    return _collect(context, list(_BENCH), wanted, deadline)
+
+
+def _checking_benchmarks() -> list[str]:
+    """Each benchmark's results are checked, and nothing is timed."""
+    return [*_pytest(), "-v", "--tb=short", "--disable-warnings", "--benchmark-disable"]
+
+
+def _check_benchmarks(
+    context: Context, tests: Sequence[str], deadline: float, *options: str, **changes: str
+) -> None:
+    """Compile what they need, in several processes; whatever fails will fail again later."""
+    environment = context.environment(OMP_NUM_THREADS="1", **changes)
+    command = [*_checking_benchmarks(), *options]
+    Shards(tests, _processes(), command, context.logs / "warm-up", environment, ROOT).run(deadline)
 
 
 def _timed(context: Context, deadline: float, **changes: str) -> Result:
@@ -185,7 +221,7 @@ def dry(context: Context, deadline: float) -> Result:
     )
     if calls.returncode != 0:
         return _of_process(calls, "the calls for the sanitizer fail")
-    few = Context(context.logs, bench_keyword=context.bench_keyword or _DRY_BENCHMARKS)
+    few = replace(context, bench_keyword=context.bench_keyword or _DRY_BENCHMARKS)
     timed = _timed(few, deadline, **rehearsal)
     if not timed.is_good:
         return timed
@@ -198,6 +234,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "build": (build, 100),
     "test": (test, 140),
     "sanitize": (sanitize, 50),
+    "tune": (tune, 240),
     "bench": (bench, 250),
     "dry": (dry, 300),
 }

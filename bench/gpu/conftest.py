@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 from bench.gpu.device import facts, machine, missing_reason
 from bench.gpu.peaks import measured_peaks
 from bench.gpu.prepared import tf32
+from dfs_kernels.triton.tuning import tuning
 
 
 @pytest.fixture(autouse=True)
-def gpu() -> Iterator[None]:
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Skips without a GPU, and gives each benchmark's memory back."""
     reason = missing_reason()
     if reason is not None:
         pytest.skip(reason)
-    with tf32(False):
+    wants_tuning = request.config.getoption("autotune")
+    with tf32(False), tuning() if wants_tuning else nullcontext():
         yield
     machine().release()
 

@@ -37,7 +37,7 @@ from bench.prepared import Prepared
 from bench.rotation import Rotation
 from dfs_kernels import PackedActivation, mixed_conv2d, quantize_pack, unpack_dequantize
 from dfs_kernels.backends import triton
-from dfs_kernels.triton import configs
+from dfs_kernels.triton import tuning
 
 _BUCKETS = "buckets"
 
@@ -83,10 +83,15 @@ def bind(run: Run, implementation: str) -> Run:
 
 @contextmanager
 def _in_buckets() -> Iterator[None]:
-    def chosen(*sizes: Any) -> configs.ConvConfig:
-        return replace(configs.conv_config(*sizes), buckets=True)
+    """Whatever configuration is chosen, with its samples sorted by width."""
 
-    with patch.object(triton, "conv_config", chosen):
+    def chosen(problem: tuning.Problem, *arguments: Any) -> Any:
+        config = tuning.choose(problem, *arguments)
+        if problem.kernel != "mixed_conv2d_kernel":
+            return config
+        return replace(config, buckets=True)
+
+    with patch.object(triton, "choose", chosen):
         yield
 
 

@@ -22,7 +22,7 @@ _ROTATED_BYTES = 200e6
 _ROTATED_IN_REHEARSAL = 4096
 # A recording is about this long if its calls are as slow as when the host launches each, and
 # shorter if not; of so many calls that the gap between two recordings does not matter.
-_RECORDED_SECONDS = 4e-3
+_RECORDED_SECONDS = 8e-3
 _FEWEST_CALLS, _MOST_CALLS = 2, 64
 # A turn repeats its recording for at least as long.
 _TURN_SECONDS = 0.5e-3

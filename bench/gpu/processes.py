@@ -101,7 +101,7 @@ def _stop(jobs: Sequence[Job]) -> None:
         job.cut_off = True
         job.signal(signal.SIGINT)
     end = time.monotonic() + _GRACE_SECONDS
-    while time.monotonic() < end and not all([job.poll() for job in jobs]):
+    while time.monotonic() < end and not all(job.poll() for job in jobs):
         time.sleep(_POLL_SECONDS)
     for job in jobs:
         job.end()

@@ -118,12 +118,12 @@ def measure(monkeypatch: pytest.MonkeyPatch, comparison: Any, **found: GpuPrepar
 def test_a_turn_gives_the_seconds_of_one_recorded_call(gpu: Machine) -> None:
     turn = contestant(3e-6, copies=3).turn()
     assert turn() == pytest.approx(3e-6)
-    assert gpu.recorded == [6]  # 4 ms of calls that take 1 ms unrecorded, in whole laps
+    assert gpu.recorded == [9]  # 8 ms of calls that take 1 ms unrecorded, in whole laps
 
 
 @pytest.mark.parametrize(
     ("seconds", "copies", "count"),
-    [(1e-6, 1, 64), (1e-3, 1, 4), (1.0, 1, 2), (1e-6, 100, 100), (1e-6, 7, 70), (1.0, 5, 5)],
+    [(1e-6, 1, 64), (1e-3, 1, 8), (1.0, 1, 2), (1e-6, 100, 100), (1e-6, 7, 70), (1.0, 5, 5)],
 )
 def test_recordings_hold_whole_laps_and_neither_too_few_nor_too_many_calls(
     seconds: float, copies: int, count: int

@@ -36,7 +36,7 @@ def gpu_check(*arguments: str, **environment: str) -> subprocess.CompletedProces
 def test_a_part_that_does_not_exist_is_refused_with_those_that_do() -> None:
     done = gpu_check("build", "tests")
     assert done.returncode == 2
-    expected = "part must be one of build, test, sanitize, bench, dry, got 'tests'"
+    expected = "part must be one of build, test, sanitize, tune, bench, dry, got 'tests'"
     assert done.stderr == f"bench/gpu_check.sh: {expected}\n"
 
 
@@ -224,6 +224,42 @@ def test_a_sanitizers_report_is_cut_down_to_its_beginning_and_its_summary() -> N
     assert lines[-1] == "========= ERROR SUMMARY: 3 errors"
     assert len(lines) < 12
     assert check.sanitizer_lines("it crashed") == ["it crashed"]
+
+
+def test_tuning_measures_alone_and_serves_the_parts_after_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Several processes compile first; what they measured meanwhile is not what is kept."""
+    runs = []
+
+    def check_benchmarks(
+        context: Context, tests: list[str], deadline: float, *options: str, **changes: str
+    ) -> None:
+        runs.append((options, changes["DFS_CACHE_DIR"]))
+
+    def run(self: Context, name: str, command: list[str], deadline: float, **changes: str) -> Job:
+        runs.append((tuple(command[-2:]), changes["DFS_CACHE_DIR"]))
+        folder = Path(changes["DFS_CACHE_DIR"])
+        folder.mkdir()
+        (folder / "h1.json").write_text("{}")
+        made = job(tmp_path, "", name)
+        made.log.write_text("bench/a.py::test_b PASSED\n")
+        return made
+
+    monkeypatch.setattr(check, "_collect_ours", lambda *_: (["bench/a.py::test_b"], None))
+    monkeypatch.setattr(check, "_check_benchmarks", check_benchmarks)
+    monkeypatch.setattr(Context, "run", run)
+    context = Context(tmp_path)
+    result = check.tune(context, time.monotonic() + 5)
+    tuned = str(tmp_path / "tuned")
+    assert result.is_good
+    assert result.summary == f"h1.json in {tuned}; 1 passed, 0 failed, 0 skipped"
+    trial = str(tmp_path / "tuning-trial")
+    assert runs == [
+        (("--autotune",), trial),
+        (("--autotune", "bench/a.py::test_b"), tuned),
+    ]
+    assert context.environment()["DFS_CACHE_DIR"] == tuned
 
 
 def test_files_with_gpu_tests_are_found() -> None:

@@ -18,14 +18,11 @@ from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import Quantizer, row_bytes
 from dfs_kernels.widths import activation_max
 
+CPU_BACKENDS = tuple(name for name in available_backends() if load(name).supports("cpu", (8,)))
 # What every test compares. Triton's interpreter takes many minutes for all of them, so that it has
 # a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1.
 _SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}
-OTHER_BACKENDS = tuple(
-    name
-    for name in available_backends()
-    if name not in ("reference", *_SLOW) and load(name).supports("cpu", (8,))
-)
+OTHER_BACKENDS = tuple(name for name in CPU_BACKENDS if name not in ("reference", *_SLOW))
 
 INPUT_FORMS = ("contiguous", "channels_last", "strided", "packed", "requantized")
 RESIDUAL_FORMS = (None, "float", "strided", "packed")

@@ -16,9 +16,10 @@ from torch import Tensor
 from bench.gpu.backends import gpu_backends
 from bench.gpu.device import machine, missing_reason
 from bench.gpu.ours import bind, implementations
-from dfs_kernels import mixed_conv2d, reference
+from dfs_kernels import GateStep, RNNGateWeights, mixed_conv2d, reference, rnn_gate
 from dfs_kernels.backends import load
 from tests.kernels.cases import ConvCase, assert_matches_reference, build, on_device, pack
+from tests.kernels.gate_cases import CHOICES, assert_same_step, gate_weights, packed_features
 
 BITS = (8, 2, 4, 32, 0)
 # Dense, in groups that fill matrices, and channel by channel, with every form of the arguments.
@@ -106,6 +107,16 @@ def train(backend: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * scale + 1e-30)
 
 
+def decide(backend: str) -> None:
+    """The gate, of packed features."""
+    device = machine().device
+    x, weights = packed_features(3, 5, 3, 7, (2, 4, 8, 32)), gate_weights(5)
+    moved = RNNGateWeights(*(value.to(device) for value in weights))
+    got = rnn_gate(x.to(device), moved, CHOICES, backend=backend)
+    expected = rnn_gate(x, weights, CHOICES, backend="reference")
+    assert_same_step(GateStep(*(value.cpu() for value in got)), expected)
+
+
 def main() -> int:
     reason = missing_reason()
     if reason is not None:
@@ -113,7 +124,7 @@ def main() -> int:
         return 2
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for backend in gpu_backends():
-            for calls in (convolve, convolve_in_buckets, convert, train):
+            for calls in (convolve, convolve_in_buckets, convert, train, decide):
                 calls(backend)
                 print(f"{backend}: {calls.__name__}", flush=True)
     return 0

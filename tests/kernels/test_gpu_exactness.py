@@ -19,7 +19,16 @@ from bench.gpu.backends import gpu_backends
 from bench.gpu.device import is_rehearsal, machine
 from bench.gpu.prepared import to_run
 from bench.layers import GPU_LAYERS, INTEGER_WIDTHS, Layer, layer_input, layer_weights
-from dfs_kernels import PackedActivation, mixed_conv2d, quantize_pack, reference, unpack_dequantize
+from dfs_kernels import (
+    GateStep,
+    PackedActivation,
+    RNNGateWeights,
+    mixed_conv2d,
+    quantize_pack,
+    reference,
+    rnn_gate,
+    unpack_dequantize,
+)
 from dfs_kernels.backends import load
 from dfs_kernels.packing import Quantizer, row_bytes
 from tests.kernels.cases import (
@@ -37,6 +46,7 @@ from tests.kernels.cases import (
     sample_bits,
     subset,
 )
+from tests.kernels.gate_cases import CHOICES, assert_same_step, gate_weights, packed_features
 from tests.kernels.wide_cases import draw_case
 
 pytestmark = pytest.mark.gpu
@@ -235,6 +245,44 @@ def test_an_unknown_width_fills_its_sample_only(
         assert bool((bad.data[1] == 0xFF).all())
     for n in (0, 2):
         assert torch.equal(sample_bits(bad, n), sample_bits(good, n))
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "options"),
+    [
+        (16, 32, 32, (8,)),
+        (64, 8, 8, (8,)),
+        (70, 5, 4, (2, 4, 8, 32)),
+        (1, 1, 1, (8,)),
+        (130, 2, 3, (2, 4)),
+    ],
+)
+def test_gate(
+    backend: str,
+    channels: int,
+    height: int,
+    width: int,
+    options: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """Two gates in a row, and one that pools floats."""
+    x = packed_features(7, channels, height, width, options)
+    weights = gate_weights(channels)
+    expected = rnn_gate(x, weights, CHOICES, backend="reference")
+    moved = RNNGateWeights(*(value.to(device) for value in weights))
+    got = rnn_gate(x.to(device), moved, CHOICES, backend=backend)
+    assert_same_step(on_cpu(got), expected)
+    again = rnn_gate(x, weights, CHOICES, expected.state, backend="reference")
+    got = rnn_gate(x.to(device), moved, CHOICES, expected.state.to(device), backend=backend)
+    assert_same_step(on_cpu(got), again)
+    values = torch.randn(3, channels, height, width)
+    got = rnn_gate(values.to(device), moved, CHOICES, backend=backend)
+    assert_same_step(on_cpu(got), rnn_gate(values, weights, CHOICES, backend="reference"))
+
+
+def on_cpu(step: GateStep) -> GateStep:
+    return GateStep(*(value.cpu() for value in step))
 
 
 @every_backend

@@ -14,10 +14,12 @@ from bench.gpu.backends import gpu_backends
 from bench.gpu.device import is_rehearsal, machine
 from dfs_kernels import (
     PackedActivation,
+    RNNGateWeights,
     mixed_conv2d,
     mixed_conv2d_,
     pack_bits,
     quantize_pack,
+    rnn_gate,
     unpack_bits,
     unpack_dequantize,
 )
@@ -29,6 +31,8 @@ from tests.kernels.cases import (
     on_device,
     sample_bits,
 )
+from tests.kernels.gate_cases import CHOICES, gate_weights, packed_features
+from tests.kernels.host_reads import no_host_reads
 from tests.kernels.op_calls import calls_of, check_op, checkable_forms
 
 pytestmark = pytest.mark.gpu
@@ -80,8 +84,12 @@ def assert_same_samples(got: Any, expected: Any) -> None:
 
 
 @contextmanager
-def no_synchronization() -> Iterator[None]:
+def no_synchronization(backend: str) -> Iterator[None]:
     """Whatever waits for the GPU raises."""
+    if is_rehearsal():
+        with no_host_reads(backend):
+            yield
+        return
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -92,13 +100,23 @@ def no_synchronization() -> Iterator[None]:
 # Calls that do not wait
 
 
-@needs_cuda
-def test_a_synchronization_would_be_noticed() -> None:
-    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization():
-        torch.ones(1, device="cuda").item()
+@every_backend
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.item(),
+        lambda x: x[x > 0],
+        lambda x: torch.tensor([1.0], device=x.device),
+    ],
+)
+def test_a_synchronization_would_be_noticed(
+    backend: str, wait: Callable[[Tensor], Any], device: torch.device
+) -> None:
+    x = torch.ones(1, device=device)
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization(backend):
+        wait(x)
 
 
-@needs_cuda
 @every_backend
 @pytest.mark.parametrize("packed_weight", [True, False])
 @pytest.mark.parametrize("form", FORMS[::5], ids=str)
@@ -109,11 +127,10 @@ def test_a_convolution_does_not_wait(
         arguments_on(device, case_of(form, packed_weight=packed_weight)), form[2], backend
     )
     run()  # compiles, and makes what is derived from the weight
-    with no_synchronization():
+    with no_synchronization(backend):
         run()
 
 
-@needs_cuda
 @every_backend
 def test_packing_does_not_wait(backend: str, device: torch.device) -> None:
     x, bits = torch.randn(5, 8, 4, 4, device=device), torch.tensor(BITS, device=device)
@@ -126,16 +143,24 @@ def test_packing_does_not_wait(backend: str, device: torch.device) -> None:
         unpack_bits(pack_bits(codes, 4, backend=backend), 4, 8, signed=False, backend=backend)
 
     run()
-    with no_synchronization():
+    with no_synchronization(backend):
         run()
 
 
-@needs_cuda
+@every_backend
+def test_a_gate_does_not_wait(backend: str, device: torch.device) -> None:
+    x = packed_features(4, 16, 5, 5).to(device)
+    weights = RNNGateWeights(*(value.to(device) for value in gate_weights(16)))
+    state = rnn_gate(x, weights, CHOICES, backend=backend).state
+    with no_synchronization(backend):
+        rnn_gate(x, weights, CHOICES, state, backend=backend)
+
+
 @every_backend
 def test_training_does_not_wait(backend: str, device: torch.device) -> None:
     arguments = arguments_on(device, case_of(("contiguous", "float", "float"), packed_weight=False))
     training_step(arguments, backend)
-    with no_synchronization():
+    with no_synchronization(backend):
         training_step(arguments, backend)
 
 
@@ -199,6 +224,24 @@ def fill(live: dict[str, Any], given: dict[str, Any]) -> None:
         getattr(live["residual"], name).copy_(getattr(given["residual"], name))
     for name in ("scale", "zero_point"):
         getattr(live["input"], name).copy_(getattr(given["input"], name))
+
+
+@every_backend
+def test_a_recorded_gate_reads_the_stream_of_each_replay(
+    backend: str, device: torch.device
+) -> None:
+    """Its widths go where the next block's convolutions read them."""
+    weights = RNNGateWeights(*(value.to(device) for value in gate_weights(16)))
+    streams = [packed_features(64, 16, 4, 4).to(device) for _ in range(2)]
+    live = streams[0].clone()
+    bits = torch.zeros(64, dtype=torch.int32, device=device)
+    replay = machine().record(
+        lambda: bits.copy_(rnn_gate(live, weights, CHOICES, backend=backend).bits), 1
+    )
+    for stream in reversed(streams):
+        live.data.copy_(stream.data)
+        replay()
+        assert torch.equal(bits, rnn_gate(stream, weights, CHOICES, backend=backend).bits)
 
 
 @needs_cuda
@@ -278,6 +321,17 @@ def test_opcheck_of_packing(
     ):
         for op, args, kwargs in calls_of(run, monkeypatch):
             check_op(op, args, kwargs)
+
+
+@every_backend
+def test_opcheck_of_the_gate(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = packed_features(3, 6, 4, 4).to(device)
+    weights = RNNGateWeights(*(value.to(device) for value in gate_weights(6)))
+    calls = calls_of(lambda: rnn_gate(x, weights, CHOICES, backend=backend), monkeypatch)
+    for op, args, kwargs in calls:
+        check_op(op, args, kwargs)
 
 
 @every_backend
