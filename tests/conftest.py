@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from bench.gpu.device import is_rehearsal, missing_reason
+from bench.gpu.device import is_rehearsal, machine, missing_reason
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -53,6 +53,12 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     except RuntimeError as error:
         # An illegal access leaves nothing that works in this process, for whatever test is next.
         pytest.exit(f"{request.node.nodeid} broke the CUDA context: {error}", returncode=1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """For tests marked gpu: the GPU, or a CPU in a rehearsal."""
+    return machine().device
 
 
 @pytest.fixture(autouse=True)

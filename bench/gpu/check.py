@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,7 +201,8 @@ def _timed(context: Context, deadline: float, **changes: str) -> Result:
     if job.cut_off or not file.exists():
         return Result("FAILED" if not job.cut_off else "CUT OFF", result.summary, _tail(job.log))
     content = results.of_benchmarks(json.loads(file.read_text()))
-    summary = f"{result.summary}; {sum(b['held'] for b in content['bars'])} bars held"
+    held = sum(bar["held"] for bar in content["bars"])
+    summary = f"{result.summary}; {held} of {len(content['bars'])} bars held"
     return Result(result.status, summary, result.details, content)
 
 
@@ -239,6 +241,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "dry": (dry, 300),
 }
 DEFAULT_PARTS = ("build", "test", "sanitize", "bench")
+NEED_GPU = ("test", "sanitize", "tune", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,8 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for name, (result, seconds) in found.items()
     }
-    folders = [results.RESULTS] if "dry" not in names else []
-    paths = [results.write(content, folder) for folder in [*folders, *([out] if out else [])]]
+    # What was not measured on a GPU has no place among the results.
+    kept = "dry" not in names and bool(content["gpu"])
+    folders = [*([results.RESULTS] if kept else []), *([out] if out else [])]
+    paths = [results.write(content, folder) for folder in folders]
     print(results.table(content))
     print(*(f"written: {path}" for path in paths), f"logs: {logs}", sep="\n")
     return 0 if all(result.is_good for result, _ in found.values()) else 1
@@ -288,7 +293,8 @@ def run_parts(
         deadline += own if seconds is None else seconds
         print(f"{name} ...", flush=True)
         try:
-            result = part(context, deadline)
+            reason = missing_gpu() if name in NEED_GPU else None
+            result = part(context, deadline) if reason is None else Result("FAILED", reason)
         except Exception as error:  # the parts after it have to run
             result = Result("FAILED", f"{type(error).__name__}: {error}")
         found[name] = (result, time.monotonic() - start)
@@ -306,12 +312,20 @@ def to_content(found: Mapping[str, Result]) -> dict[str, Any]:
     return content
 
 
+def missing_gpu() -> str | None:
+    """Why nothing can run on a GPU here, or None."""
+    # Not before it is needed: a wrong call should not have to wait for PyTorch.
+    from bench.gpu.device import missing_reason
+
+    return missing_reason()
+
+
 def _gpu_facts() -> dict[str, Any]:
     """Of this GPU, where no benchmark has told; nothing if PyTorch finds none."""
     try:
-        from bench.gpu.device import facts, missing_reason
+        from bench.gpu.device import facts
 
-        return facts() if missing_reason() is None else {}
+        return facts() if missing_gpu() is None else {}
     except Exception as error:  # a results file without them is better than none
         print(f"nothing is known of the GPU: {error}", file=sys.stderr)
         return {}
@@ -406,10 +420,10 @@ def _of_tests(outcomes: Outcomes, tests: Sequence[str]) -> Result:
         details.append(f"and {len(failed) - _MOST_LINES} more")
     if failed or not outcomes.results:
         return Result("FAILED", summary, tuple(details))
-    if missing:
-        running = tuple(f"{test} was running" for test in outcomes.interrupted[:_MOST_LINES])
-        return Result("CUT OFF", summary, running)
-    return Result("passed", summary)
+    details = [f"{test} was running" for test in outcomes.interrupted[:_MOST_LINES]]
+    # Reasons have to be seen: what was skipped was not checked.
+    details += [f"{count} skipped: {why}" for why, count in Counter(outcomes.skips).most_common()]
+    return Result("CUT OFF" if missing else "passed", summary, tuple(details))
 
 
 def _why(outcomes: Outcomes, test: str) -> str:

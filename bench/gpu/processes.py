@@ -17,7 +17,8 @@ _GRACE_SECONDS = 8.0
 _POLL_SECONDS = 0.05
 # A line of pytest's verbose output: a test, and its outcome unless the process died in it.
 _TEST = re.compile(
-    r"^(?P<id>\S+\.py::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$"
+    r"^(?P<id>\S+\.py::.*?)"
+    r"(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(?: \((?P<why>.*)\))?.*)?$"
 )
 _REASON = re.compile(r"^(?:FAILED|ERROR) (?P<id>\S+\.py::.*?) - (?P<why>.*)$")
 # The same test fails twice in its process, and that is enough.
@@ -116,11 +117,13 @@ class Outcomes:
             process ended in it.
         reasons: by failed test, one line.
         interrupted: tests that were running at the deadline; they have no result.
+        skips: why tests were skipped, a reason for each.
     """
 
     results: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     interrupted: list[str] = field(default_factory=list)
+    skips: list[str] = field(default_factory=list)
 
     def count(self, *outcomes: str) -> int:
         return sum(result in outcomes for result in self.results.values())
@@ -139,6 +142,7 @@ class Outcomes:
             else:
                 self.results[test] = result
         self.reasons.update(found.reasons)
+        self.skips += found.skips
 
 
 def read_outcomes(text: str) -> Outcomes:
@@ -155,6 +159,8 @@ def read_outcomes(text: str) -> Outcomes:
             name, outcome = test["id"].rstrip(), test["outcome"] or "DIED"
             if outcome != "DIED" or name not in found.results:
                 found.results[name] = outcome
+            if outcome == "SKIPPED":
+                found.skips.append(test["why"] or "no reason given")
     return found
 
 

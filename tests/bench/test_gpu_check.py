@@ -87,6 +87,18 @@ def test_every_part_runs_whatever_became_of_the_others(
     assert "GPU check of 0123456789 on NVIDIA H1" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(check.missing_gpu() is None, reason="there is a GPU")
+def test_without_a_gpu_the_parts_that_need_one_say_so(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_parts(monkeypatch, other=passes, **dict.fromkeys(check.NEED_GPU, passes))
+    assert check.main([]) == 1
+    content = json.loads((folders / "results" / "h1" / "0123456789.json").read_text())
+    failed = {name for name, part in content["parts"].items() if part["status"] == "FAILED"}
+    assert failed == set(check.NEED_GPU)
+    assert content["parts"]["test"]["summary"] == "there is no CUDA device"
+
+
 @pytest.mark.parametrize(
     ("status", "code"), [("passed", 0), ("absent", 0), ("FAILED", 1), ("CUT OFF", 1)]
 )
@@ -161,6 +173,7 @@ def test_outcomes_are_read_from_what_pytest_printed_so_far() -> None:
         "tests/a.py::test_five": "DIED",
     }
     assert found.failed == [f"tests/a.py::test_{n}" for n in ("two", "four", "five")]
+    assert found.skips == ["there is one GPU"]
     summary = "=== short test summary info ===\nFAILED tests/a.py::test_two - assert 1 == 2\n"
     assert read_outcomes(summary).reasons == {"tests/a.py::test_two": "assert 1 == 2"}
 
@@ -207,6 +220,13 @@ def test_tests_that_do_not_get_their_turn_are_no_success(tmp_path: Path) -> None
     assert found.interrupted == [f"{name}[2]"]
     assert result.details == (f"{name}[2] was running",)
     assert "5 without a result" in result.summary
+
+
+def test_it_is_told_why_tests_were_skipped() -> None:
+    lines = [f"a.py::test_{n} SKIPPED (there is one GPU)\n" for n in range(3)]
+    found = read_outcomes("".join(lines))
+    result = check._of_tests(found, list(found.results))
+    assert (result.status, result.details) == ("passed", ("3 skipped: there is one GPU",))
 
 
 def test_processes_that_cannot_run_tests_are_not_started_again(tmp_path: Path) -> None:

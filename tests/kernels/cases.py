@@ -251,6 +251,13 @@ def build_largest_products(bits: int, zero_at_top: bool) -> Built:
     )
 
 
+def special_values() -> Tensor:
+    """(1, 20, 2, 2): what floats have beside ordinary numbers."""
+    tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    values = [torch.nan, torch.inf, -torch.inf, huge, -huge, tiny, -tiny, tiny / 2, 0.0, -0.0]
+    return torch.tensor(values).repeat(2)[None, :, None, None].expand(1, 20, 2, 2).contiguous()
+
+
 def on_device(built: Built, device: torch.device | str) -> Built:
     """The same case with its tensors on a device, in the same forms."""
     case = built.case

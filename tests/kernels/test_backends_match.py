@@ -32,6 +32,7 @@ from tests.kernels.cases import (
     pack,
     run,
     sample_bits,
+    special_values,
     subset,
     within_bound,
 )
@@ -91,9 +92,7 @@ def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: 
 @every_backend
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_special_values_quantize_alike(backend: str, bits: int) -> None:
-    tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-    specials = [torch.nan, torch.inf, -torch.inf, huge, -huge, tiny, -tiny, tiny / 2, 0.0, -0.0]
-    x = torch.tensor(specials).repeat(2)[None, :, None, None].expand(1, 20, 2, 2).contiguous()
+    x = special_values()
     for scale in (2.0**-126, 1e-20, 0.3, 2.0**126):
         for zero_point in (0, 1, (1 << bits) - 1):
             quantizer = Quantizer(

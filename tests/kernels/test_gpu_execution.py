@@ -44,11 +44,6 @@ BITS = (8, 0, 2, 32, 4)
 _DELAY_CYCLES = 20_000_000
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return machine().device
-
-
 def case_of(form: tuple[str, str | None, str], **fields: Any) -> ConvCase:
     return ConvCase(
         bits=BITS,
