@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import machine
-from bench.verdicts import verdict_line
+from bench.verdicts import TOO_LATE, verdict_line
 from dfs_kernels import backend_info, warmup
 
 START: pytest.StashKey[float] = pytest.StashKey()
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     seconds = item.config.getoption("seconds")
     if seconds is not None and time.monotonic() - item.config.stash[START] > seconds:
-        pytest.skip(f"not begun within {seconds:g} s")
+        pytest.skip(f"{TOO_LATE}: the {seconds:g} s were over")
 
 
 @pytest.fixture(autouse=True, scope="session")

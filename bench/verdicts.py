@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# How the reason begins for which a benchmark is skipped that did not get its turn.
+TOO_LATE = "too late"
+
 
 def verdict_line(outcome: dict[str, Any]) -> str:
     """One bar's outcome, as its benchmark put it into ``extra_info``."""

@@ -17,12 +17,14 @@ from typing import Any
 
 from bench.gpu import results
 from bench.gpu.processes import Job, Outcomes, Shards, run_all
+from bench.verdicts import TOO_LATE
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / ".benchmarks" / "gpu-check"
 
 _SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _SANITIZER_EXIT = 86
+_CALLS = [sys.executable, "-m", "tests.kernels.gpu_calls"]
 _BENCH = ("bench/gpu/bench_gpu_bars.py", "bench/gpu/bench_gpu_layers.py")
 # Of a failed part's log, and of its failed tests, how much is printed.
 _MOST_LINES = 12
@@ -77,11 +79,15 @@ class Context:
         fixed = {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return {**kept, **fixed, "PYTHONPATH": str(ROOT), **self.variables, **changes}
 
-    def run(self, name: str, command: Sequence[str], deadline: float, **changes: str) -> Job:
-        """One process to its end."""
+    def job(self, name: str, command: Sequence[str], **changes: str) -> Job:
+        """One process, with a log of its own."""
         log = self.logs / f"{name}.log"
         log.unlink(missing_ok=True)
-        job = Job(command, log, self.environment(**changes), ROOT)
+        return Job(command, log, self.environment(**changes), ROOT)
+
+    def run(self, name: str, command: Sequence[str], deadline: float, **changes: str) -> Job:
+        """One process to its end."""
+        job = self.job(name, command, **changes)
         run_all([job], deadline)
         return job
 
@@ -114,21 +120,21 @@ def sanitize(context: Context, deadline: float) -> Result:
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(_tool_folders()))
     if tool is None:
         return Result("absent", "compute-sanitizer was not found: nothing was checked with it")
-    driver = [sys.executable, "-m", "tests.kernels.gpu_calls"]
-    # By itself first: it fills the cache of compiled kernels, and has to pass.
-    plain = context.run("sanitize-none", driver, deadline)
-    if plain.returncode != 0:
-        return _of_process(plain, "the calls fail without a sanitizer too")
-    jobs = []
+    # By themselves first: that fills the cache of compiled kernels, and has to pass.
+    count = _processes()
+    plain = [context.job(f"sanitize-none{i}", [*_CALLS, str(i), str(count)]) for i in range(count)]
+    run_all(plain, deadline)
+    for job in plain:
+        if job.returncode != 0:
+            return _of_process(job, "the calls fail without a sanitizer too")
+    jobs = {}
     for name in _SANITIZERS:
-        log = context.logs / f"sanitize-{name}.log"
-        log.unlink(missing_ok=True)
         options = ["--tool", name, "--error-exitcode", str(_SANITIZER_EXIT), "--print-limit", "20"]
         # Memory that PyTorch keeps for later would hide accesses outside of it.
-        environment = context.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        jobs.append(Job([tool, *options, *driver], log, environment, ROOT))
-    run_all(jobs, deadline)
-    return _of_sanitizers(dict(zip(_SANITIZERS, jobs, strict=True)))
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        jobs[name] = context.job(f"sanitize-{name}", [tool, *options, *_CALLS], **caching)
+    run_all(list(jobs.values()), deadline)
+    return _of_sanitizers(jobs)
 
 
 def tune(context: Context, deadline: float) -> Result:
@@ -140,7 +146,8 @@ def tune(context: Context, deadline: float) -> Result:
     trial, folder = context.logs / "tuning-trial", context.logs / "tuned"
     for earlier in (trial, folder):
         shutil.rmtree(earlier, ignore_errors=True)
-    _check_benchmarks(context, tests, deadline, "--autotune", DFS_CACHE_DIR=str(trial))
+    half = (time.monotonic() + deadline) / 2
+    _check_benchmarks(context, tests, half, "--autotune", DFS_CACHE_DIR=str(trial))
     command = [*_checking_benchmarks(), "--autotune", *tests]
     job = context.run("tune", command, deadline, DFS_CACHE_DIR=str(folder))
     context.variables["DFS_CACHE_DIR"] = str(folder)
@@ -153,9 +160,8 @@ def tune(context: Context, deadline: float) -> Result:
 
 def bench(context: Context, deadline: float) -> Result:
     """The kernels of the benchmarks compiled by several processes, then all of them timed."""
-    tests, problem = _collect_ours(context, deadline)
-    if problem is not None:
-        return problem
+    # There may be none among those that are asked for; any problem shows below again.
+    tests, _ = _collect_ours(context, deadline)
     now = time.monotonic()
     _check_benchmarks(context, tests, now + _WARM_UP_SHARE * (deadline - now))
     return _timed(context, deadline)
@@ -203,7 +209,9 @@ def _timed(context: Context, deadline: float, **changes: str) -> Result:
     content = results.of_benchmarks(json.loads(file.read_text()))
     held = sum(bar["held"] for bar in content["bars"])
     summary = f"{result.summary}; {held} of {len(content['bars'])} bars held"
-    return Result(result.status, summary, result.details, content)
+    late = any(reason.startswith(TOO_LATE) for reason in found.skips)
+    status = "CUT OFF" if late and result.is_good else result.status
+    return Result(status, summary, result.details, content)
 
 
 def dry(context: Context, deadline: float) -> Result:
@@ -218,9 +226,7 @@ def dry(context: Context, deadline: float) -> Result:
     outcomes.add(tried)
     if tried.returncode != 0:
         return _of_tests(outcomes, list(outcomes.results))
-    calls = context.run(
-        "dry-calls", [sys.executable, "-m", "tests.kernels.gpu_calls"], deadline, **rehearsal
-    )
+    calls = context.run("dry-calls", _CALLS, deadline, **rehearsal)
     if calls.returncode != 0:
         return _of_process(calls, "the calls for the sanitizer fail")
     few = replace(context, bench_keyword=context.bench_keyword or _DRY_BENCHMARKS)
@@ -234,10 +240,10 @@ def dry(context: Context, deadline: float) -> Result:
 # In the order in which they run, each with its seconds: under nine minutes together.
 PARTS: dict[str, tuple[Part, float]] = {
     "build": (build, 100),
-    "test": (test, 140),
-    "sanitize": (sanitize, 50),
+    "test": (test, 130),
+    "sanitize": (sanitize, 70),
     "tune": (tune, 240),
-    "bench": (bench, 250),
+    "bench": (bench, 240),
     "dry": (dry, 300),
 }
 DEFAULT_PARTS = ("build", "test", "sanitize", "bench")

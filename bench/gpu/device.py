@@ -10,7 +10,6 @@ Importing this imports no kernels: who does decides first whether they are inter
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from functools import cache
@@ -115,15 +114,12 @@ def machine() -> Machine:
     return StandIn() if is_rehearsal() else Gpu()
 
 
-def slug(name: str) -> str:
-    """The name of a GPU as one of a folder: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3"."""
-    words = [w for w in re.split(r"[^a-z0-9]+", name.lower()) if w not in ("", "nvidia")]
-    return "-".join(words) or "unknown"
-
-
 def facts() -> dict[str, Any]:
     """What a results file says of the GPU and of the software that runs it."""
+    # Here, since importing the kernels decides whether they are interpreted.
     import triton
+
+    from dfs_kernels.triton.tuning import slug
 
     software = {"torch": torch.__version__, "triton": triton.__version__}
     if is_rehearsal():

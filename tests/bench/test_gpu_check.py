@@ -14,7 +14,6 @@ import pytest
 
 from bench.gpu import check, results
 from bench.gpu.check import Context, Result
-from bench.gpu.device import slug
 from bench.gpu.processes import Job, Shards, read_outcomes, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,24 +281,43 @@ def test_tuning_measures_alone_and_serves_the_parts_after_it(
     assert context.environment()["DFS_CACHE_DIR"] == tuned
 
 
+@pytest.mark.parametrize(
+    ("skipped", "status"), [("cuDNN has no fused form", "passed"), ("too late: over", "CUT OFF")]
+)
+def test_benchmarks_that_did_not_get_their_turn_are_no_success(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, skipped: str, status: str
+) -> None:
+    def run(self: Context, name: str, command: list[str], deadline: float, **changes: str) -> Job:
+        made = job(tmp_path, "", name)
+        made.log.write_text(f"bench/a.py::test_b PASSED\nbench/a.py::test_c SKIPPED ({skipped})\n")
+        (tmp_path / "bench.json").write_text(json.dumps(RUN))
+        return made
+
+    monkeypatch.setattr(Context, "run", run)
+    result = check._timed(Context(tmp_path), time.monotonic() + 100)
+    assert (result.status, result.details) == (status, (f"1 skipped: {skipped}",))
+    assert result.summary == "1 passed, 0 failed, 1 skipped; 1 of 1 bars held"
+    assert result.content is not None
+    assert result.content["gpu"]["slug"] == "h1"
+
+
+def test_no_benchmark_begins_after_the_seconds_it_is_given() -> None:
+    command = [sys.executable, "-m", "pytest", "bench/gpu/bench_gpu_bars.py", "-k", "two_bits"]
+    done = subprocess.run(
+        [*command, "--seconds=1e-9", "-rs", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "too late: the 1e-09 s were over" in done.stdout
+
+
 def test_files_with_gpu_tests_are_found() -> None:
     assert "tests/kernels/test_gpu_exactness.py" in check.gpu_test_files()
     assert "tests/framework/test_cli.py" not in check.gpu_test_files()
 
 
 # Results
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
-        ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
-        ("", "unknown"),
-    ],
-)
-def test_a_gpu_is_a_folder(name: str, expected: str) -> None:
-    assert slug(name) == expected
 
 
 def test_the_commit_is_what_the_variable_says() -> None:

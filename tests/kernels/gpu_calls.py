@@ -1,14 +1,16 @@
 """Calls every kernel of the GPU backends once or twice, at small odd shapes, for a sanitizer.
 
-``python -m tests.kernels.gpu_calls`` compares what they give with the reference, so that it is a
-test by itself too. Everything that a kernel may read has been written before, so that a report of
-uninitialised memory is about a kernel.
+``python -m tests.kernels.gpu_calls [SHARE SHARES]`` compares what they give with the reference on
+the CPU, so that it is a test by itself too. Everything that a kernel may read has been written
+before, so that a report of uninitialised memory is about a kernel.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from bench.gpu.device import machine, missing_reason
 from bench.gpu.ours import bind, implementations
 from dfs_kernels import GateStep, RNNGateWeights, mixed_conv2d, reference, rnn_gate
 from dfs_kernels.backends import load
-from tests.kernels.cases import ConvCase, assert_matches_reference, build, on_device, pack
+from tests.kernels.cases import Built, ConvCase, assert_matches_reference, build, on_device, pack
 from tests.kernels.gate_cases import CHOICES, assert_same_step, gate_weights, packed_features
 
 BITS = (8, 2, 4, 32, 0)
@@ -45,21 +47,15 @@ CASES = (
 )
 
 
-def convolve(backend: str) -> None:
-    for case in CASES:
-        assert_matches_reference_on_gpu(case, backend)
+def convolve(case: ConvCase, backend: str) -> None:
+    assert_matches_reference(build(case), backend, machine().device)
 
 
 def convolve_in_buckets(backend: str) -> None:
     """The dispatch that sorts samples by width, where the backend has one."""
     for implementation in implementations():
         if implementation.startswith(f"{backend}_"):
-            bind(assert_matches_reference_on_gpu, implementation)(CASES[1])
-
-
-def assert_matches_reference_on_gpu(case: ConvCase, backend: str | None = None) -> None:
-    assert backend is not None
-    assert_matches_reference(build(case), backend, machine().device)
+            bind(convolve, implementation)(CASES[1])
 
 
 def convert(backend: str) -> None:
@@ -82,29 +78,33 @@ def convert(backend: str) -> None:
         assert torch.equal(module.unpack_bits(packed, bits, 13, False).cpu(), codes)
 
 
-def train(backend: str) -> None:
-    for groups in (1, 4):
-        case = ConvCase(
-            bits=BITS,
-            groups=groups,
-            group_channels=8 // groups,
-            group_outputs=8 // groups,
-            packed_weight=False,
-        )
-        arguments = on_device(build(case), machine().device).arguments()
-        leaves = {
-            name: value.requires_grad_()
-            for name, value in arguments.items()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        found = []
-        for name in ("reference", backend):
-            y = mixed_conv2d(**arguments, backend=name)
-            assert isinstance(y, Tensor)
-            found.append(torch.autograd.grad(y.sum(), list(leaves.values())))
-        for got, expected in zip(found[1], found[0], strict=True):
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * scale + 1e-30)
+def train(groups: int, backend: str) -> None:
+    case = ConvCase(
+        bits=BITS,
+        groups=groups,
+        group_channels=8 // groups,
+        group_outputs=8 // groups,
+        packed_weight=False,
+    )
+    built = build(case)
+    expected = gradients(built, "reference")
+    got = gradients(on_device(built, machine().device), backend)
+    for mine, theirs in zip(got, expected, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-3, atol=1e-4 * scale + 1e-30)
+
+
+def gradients(built: Built, backend: str) -> tuple[Tensor, ...]:
+    arguments = {
+        name: value.detach().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in built.arguments().items()
+    }
+    y = mixed_conv2d(**arguments, backend=backend)
+    assert isinstance(y, Tensor)
+    leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
+    return torch.autograd.grad(y.sum(), leaves)
 
 
 def decide(backend: str) -> None:
@@ -117,18 +117,32 @@ def decide(backend: str) -> None:
     assert_same_step(GateStep(*(value.cpu() for value in got)), expected)
 
 
-def main() -> int:
+def calls() -> list[tuple[str, Callable[[], None]]]:
+    """Everything that there is to call, with names for people."""
+    found: list[tuple[str, Callable[[], None]]] = []
+    for backend in gpu_backends():
+        for i, case in enumerate(CASES):
+            found.append((f"{backend} convolution {i}", partial(convolve, case, backend)))
+        for groups in (1, 4):
+            found.append((f"{backend} training {groups}", partial(train, groups, backend)))
+        for call in (convolve_in_buckets, convert, decide):
+            found.append((f"{backend} {call.__name__}", partial(call, backend)))
+    return found
+
+
+def main(share: int = 0, shares: int = 1) -> int:
+    """One of several equal shares of the calls."""
     reason = missing_reason()
     if reason is not None:
         print(f"tests.kernels.gpu_calls: {reason}", file=sys.stderr)
         return 2
+    torch.manual_seed(20200100705)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for backend in gpu_backends():
-            for calls in (convolve, convolve_in_buckets, convert, train, decide):
-                calls(backend)
-                print(f"{backend}: {calls.__name__}", flush=True)
+        for name, call in calls()[share::shares]:
+            print(name, flush=True)
+            call()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(int, sys.argv[1:])))
