@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from bench.gpu.device import is_rehearsal, machine, missing_reason
+from bench.gpu.device import is_rehearsal, lost_reason, machine, missing_reason
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -48,11 +48,9 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        # An illegal access leaves nothing that works in this process, for whatever test is next.
-        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {error}", returncode=1)
+    reason = lost_reason()
+    if reason is not None:
+        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {reason}", returncode=1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu.device import facts, machine, missing_reason
+from bench.gpu.device import facts, lost_reason, machine, missing_reason
 from bench.gpu.peaks import measured_peaks
 from bench.gpu.prepared import tf32
 from dfs_kernels.triton.tuning import tuning
@@ -24,6 +24,9 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     wants_tuning = request.config.getoption("autotune")
     with tf32(False), tuning() if wants_tuning else nullcontext():
         yield
+    reason = lost_reason()
+    if reason is not None:
+        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {reason}", returncode=1)
     machine().release()
 
 

@@ -108,6 +108,20 @@ def missing_reason() -> str | None:
     return "there is no CUDA device"
 
 
+def lost_reason() -> str | None:
+    """Why nothing works on the GPU any more in this process, or None.
+
+    After an illegal access every call fails, whoever makes it.
+    """
+    if is_rehearsal():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 @cache
 def machine() -> Machine:
     """The current GPU, or its stand-in in a rehearsal."""

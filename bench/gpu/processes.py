@@ -80,10 +80,11 @@ def run_all(
     Args:
         next_job: what to run in a job's place when it has ended by itself; None for nothing.
     """
-    running = list(jobs)
+    running: list[Job] = []
     try:
-        for job in running:
+        for job in jobs:
             job.start()
+            running.append(job)
         while running and time.monotonic() < deadline:
             for job in [job for job in running if job.poll()]:
                 running.remove(job)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -61,16 +61,19 @@ def file_name(commit: Mapping[str, Any]) -> str:
     return commit["id"][:_ID_LENGTH] + ("-dirty" if commit["dirty"] else "") + ".json"
 
 
-def of_benchmarks(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The GPU and its benchmarks, out of what pytest-benchmark wrote."""
+def of_benchmarks(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The GPU and its benchmarks, out of what pytest-benchmark wrote, in one run or several."""
+    gpu: dict[str, Any] = {}
     points, bars = [], []
-    for benchmark in run["benchmarks"]:
-        info = benchmark["extra_info"]
-        if info.get("kind") == "gpu_layer":
-            points.append({name: info[name] for name in _POINT if name in info})
-        elif info.get("kind") == "gpu_bar":
-            bars.append({name: info[name] for name in _BAR if name in info})
-    return {"gpu": run["machine_info"].get("gpu", {}), "points": points, "bars": bars}
+    for run in runs:
+        gpu.update(run["machine_info"].get("gpu", {}))
+        for benchmark in run["benchmarks"]:
+            info = benchmark["extra_info"]
+            if info.get("kind") == "gpu_layer":
+                points.append({name: info[name] for name in _POINT if name in info})
+            elif info.get("kind") == "gpu_bar":
+                bars.append({name: info[name] for name in _BAR if name in info})
+    return {"gpu": gpu, "points": points, "bars": bars}
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:

@@ -281,24 +281,59 @@ def test_tuning_measures_alone_and_serves_the_parts_after_it(
     assert context.environment()["DFS_CACHE_DIR"] == tuned
 
 
+BENCHMARKS = ("bench/a.py::test_b", "bench/a.py::test_c")
+
+
+def fake_benchmarks(monkeypatch: pytest.MonkeyPatch, folder: Path, logs: list[str]) -> list[str]:
+    """Runs of benchmarks that print ``logs`` and write RUN; gives the tests that each was given."""
+    asked = []
+
+    def run(self: Context, name: str, command: list[str], deadline: float, **changes: str) -> Job:
+        asked.append(" ".join(word for word in command if "::" in word))
+        made = job(folder, "", name)
+        made.log.write_text(logs[len(asked) - 1])
+        (folder / f"{name}.json").write_text(json.dumps(RUN))
+        return made
+
+    monkeypatch.setattr(check, "_collect", lambda *_: (list(BENCHMARKS), None))
+    monkeypatch.setattr(Context, "run", run)
+    return asked
+
+
 @pytest.mark.parametrize(
     ("skipped", "status"), [("cuDNN has no fused form", "passed"), ("too late: over", "CUT OFF")]
 )
 def test_benchmarks_that_did_not_get_their_turn_are_no_success(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, skipped: str, status: str
 ) -> None:
-    def run(self: Context, name: str, command: list[str], deadline: float, **changes: str) -> Job:
-        made = job(tmp_path, "", name)
-        made.log.write_text(f"bench/a.py::test_b PASSED\nbench/a.py::test_c SKIPPED ({skipped})\n")
-        (tmp_path / "bench.json").write_text(json.dumps(RUN))
-        return made
-
-    monkeypatch.setattr(Context, "run", run)
+    log = f"{BENCHMARKS[0]} PASSED\n{BENCHMARKS[1]} SKIPPED ({skipped})\n"
+    fake_benchmarks(monkeypatch, tmp_path, [log])
     result = check._timed(Context(tmp_path), time.monotonic() + 100)
     assert (result.status, result.details) == (status, (f"1 skipped: {skipped}",))
     assert result.summary == "1 passed, 0 failed, 1 skipped; 1 of 1 bars held"
     assert result.content is not None
     assert result.content["gpu"]["slug"] == "h1"
+
+
+def test_benchmarks_after_one_that_ends_its_process_are_run_in_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    logs = [f"{BENCHMARKS[0]} FAILED\n", f"{BENCHMARKS[1]} PASSED\n"]
+    asked = fake_benchmarks(monkeypatch, tmp_path, logs)
+    result = check._timed(Context(tmp_path), time.monotonic() + 100)
+    assert asked == [" ".join(BENCHMARKS), BENCHMARKS[1]]
+    assert result.status == "FAILED"
+    assert result.content is not None
+    assert len(result.content["bars"]) == 2
+
+
+def test_benchmarks_that_give_no_result_are_not_run_forever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = fake_benchmarks(monkeypatch, tmp_path, ["cannot import\n"])
+    result = check._timed(Context(tmp_path), time.monotonic() + 100)
+    assert len(asked) == 1
+    assert (result.status, result.details) == ("FAILED", ("cannot import",))
 
 
 def test_no_benchmark_begins_after_the_seconds_it_is_given() -> None:
@@ -385,7 +420,7 @@ RUN = {
 
 def test_results_are_written_and_merged_part_by_part(tmp_path: Path) -> None:
     content: dict[str, Any] = {
-        **results.of_benchmarks(RUN),
+        **results.of_benchmarks([RUN]),
         "commit": {"id": "0123456789abcdef", "dirty": True},
         "parts": {"bench": {"status": "passed", "seconds": 9.0, "summary": "fine"}},
     }
@@ -407,7 +442,7 @@ def test_results_are_written_and_merged_part_by_part(tmp_path: Path) -> None:
 
 def test_the_table_tells_parts_fractions_and_bars() -> None:
     content = {
-        **results.of_benchmarks(RUN),
+        **results.of_benchmarks([RUN]),
         "commit": {"id": "0123456789abcdef", "dirty": True},
         "parts": {
             "test": {
@@ -440,7 +475,11 @@ def test_a_dry_run_tries_what_a_gpu_would_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "rehearsal" / "abc.json").read_text())
     assert content["parts"]["dry"]["status"] == "passed"
-    assert {bar["bar"] for bar in content["bars"]} == {"roofline", "mixed"}
-    forms = {p["contestant"] for p in content["points"]}
-    assert {"triton_skipped", "cudnn_bf16", "cudnn_bf16_channels_last"} <= forms
-    assert (tmp_path / "logs" / "bench.log").exists()
+    assert [bar["bar"] for bar in content["bars"]] == ["roofline"]
+    assert {p["contestant"] for p in content["points"]} == {
+        "triton_skipped",
+        "triton_buckets_mixed",
+        "cudnn_bf16",
+        "cudnn_bf16_channels_last",
+    }
+    assert (tmp_path / "logs" / "bench0.log").exists()
