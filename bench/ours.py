@@ -171,6 +171,18 @@ def run_plain_float(layer: Layer, batch: int, device: Device = "cpu") -> Run:
     return run
 
 
+def run_from_stream(layer: Layer, bits: Tensor) -> Run:
+    """A block's first convolution: an 8-bit stream read at own widths, and those written.
+
+    Args:
+        bits: the widths; a smaller batch takes those at the beginning.
+    """
+    device = bits.device
+    weight = layer_weights(layer, device).packed
+    own = (bits, steps(layer, device), zero_points(layer, device))
+    return _run_packed(layer, weight, output_steps(device), output_zero_points(device), own)
+
+
 def run_into_stream(layer: Layer, device: Device = "cpu") -> Run:
     """A block's second convolution: from own widths, adding into an 8-bit stream in place."""
     weight = layer_weights(layer, device).packed
@@ -202,13 +214,22 @@ def check_in_place(run: Run, x: PackedActivation, stream: PackedActivation) -> N
 
 
 def _run_packed(
-    layer: Layer, weight: PackedConvWeight, out_scale: Tensor, out_zero_point: Tensor
+    layer: Layer,
+    weight: PackedConvWeight,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    own: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Run:
+    """At the widths that the input is stored at, or at ``own`` widths, steps and zero points."""
+    widths, scale, zero_point = (None, None, None) if own is None else own
+
     def run(x: PackedActivation, backend: str | None = None) -> Any:
         return mixed_conv2d(
             x,
             weight,
-            x.bits,
+            x.bits if widths is None else widths[: x.shape[0]],
+            scale,
+            zero_point,
             stride=layer.stride,
             padding=layer.padding,
             groups=layer.groups,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from bench.gpu.device import machine
-from bench.gpu.ours import bind, run_from_stream, stream_input
+from bench.gpu.ours import bind, stream_input
 from bench.gpu.prepared import GpuPrepared
 from bench.layers import Layer
-from bench.ours import assert_same, repeated_bits, run_into_stream
+from bench.ours import assert_same, repeated_bits, run_from_stream, run_into_stream
 from bench.prepared import Prepared
 from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
 

@@ -15,18 +15,17 @@ from bench.gpu.backends import gpu_backends
 from bench.gpu.device import machine
 from bench.gpu.prepared import GpuPrepared, copies_for, tf32
 from bench.gpu.roofline import Work
-from bench.layers import UNSIGNED_STEPS, Layer, layer_input, layer_weights
+from bench.layers import UNSIGNED_STEPS, Layer, layer_input
 from bench.ours import (
     MIX,
     Run,
     check_in_place,
     float_bytes,
-    output_steps,
-    output_zero_points,
     packed_input,
     prepared,
     repeated_bits,
     run_float_at_8,
+    run_from_stream,
     run_into_stream,
     run_packed,
     run_plain_float,
@@ -35,7 +34,7 @@ from bench.ours import (
 )
 from bench.prepared import Prepared
 from bench.rotation import Rotation
-from dfs_kernels import PackedActivation, mixed_conv2d, quantize_pack, unpack_dequantize
+from dfs_kernels import PackedActivation, quantize_pack, unpack_dequantize
 from dfs_kernels.backends import triton
 from dfs_kernels.triton import tuning
 
@@ -209,32 +208,6 @@ def stream_input(layer: Layer, batch: int) -> PackedActivation:
         torch.zeros(1, dtype=torch.int32, device=device),
         bit_options=(8,),
     )
-
-
-def run_from_stream(layer: Layer, bits: torch.Tensor) -> Run:
-    """For at most as many samples as ``bits`` has, at widths of its beginning."""
-    device = bits.device
-    weight = layer_weights(layer, device).packed
-    scale, zero_point = steps(layer, device), zero_points(layer, device)
-    out_scale, out_zero_point = output_steps(device), output_zero_points(device)
-
-    def run(x: PackedActivation, backend: str | None = None) -> Any:
-        return mixed_conv2d(
-            x,
-            weight,
-            bits[: x.shape[0]],
-            scale,
-            zero_point,
-            stride=layer.stride,
-            padding=layer.padding,
-            groups=layer.groups,
-            activation="relu",
-            output_scale=out_scale,
-            output_zero_point=out_zero_point,
-            backend=backend,
-        )
-
-    return run
 
 
 def _ready(run: Run, x: Any, work: Work) -> GpuPrepared:

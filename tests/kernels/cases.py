@@ -231,6 +231,21 @@ def build(case: ConvCase) -> Built:
     )
 
 
+def packing_case(
+    bits: tuple[int, ...], channels: int, size: tuple[int, int], form: str, seed: int = 0
+) -> ConvCase:
+    """Whose input, a float tensor, is what there is to pack."""
+    return ConvCase(
+        bits=bits,
+        group_channels=channels,
+        size=size,
+        kernel=(1, 1),
+        padding=(0, 0, 0, 0),
+        input_form=form,
+        seed=seed,
+    )
+
+
 def build_largest_products(bits: int, zero_at_top: bool) -> Built:
     """Codes and levels all at one extreme, without an affine."""
     case = ConvCase(bits=(bits,), options=(bits,), centred=(False,), group_channels=64, size=(6, 6))

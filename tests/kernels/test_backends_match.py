@@ -30,6 +30,7 @@ from tests.kernels.cases import (
     cases_of_forms,
     conv_cases,
     pack,
+    packing_case,
     run,
     sample_bits,
     special_values,
@@ -151,16 +152,7 @@ def test_packing(
 def test_quantize_pack_and_unpack_dequantize(
     backend: str, channels: int, size: tuple[int, int], bits: list[int], form: str, seed: int
 ) -> None:
-    case = ConvCase(
-        bits=tuple(bits),
-        group_channels=channels,
-        size=size,
-        kernel=(1, 1),
-        padding=(0, 0, 0, 0),
-        input_form=form,
-        seed=seed,
-    )
-    built = build(case)
+    built = build(packing_case(tuple(bits), channels, size, form, seed))
     assert isinstance(built.input, Tensor)
     assert built.input_quantizer is not None
     quantizer = built.input_quantizer

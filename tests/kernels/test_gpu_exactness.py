@@ -42,6 +42,7 @@ from tests.kernels.cases import (
     cases_of_forms,
     on_device,
     pack,
+    packing_case,
     run,
     sample_bits,
     special_values,
@@ -135,14 +136,7 @@ def test_special_values_quantize_alike(backend: str, bits: int, device: torch.de
 def test_quantize_pack_and_unpack_dequantize(
     backend: str, channels: int, size: tuple[int, int], form: str, device: torch.device
 ) -> None:
-    case = ConvCase(
-        bits=(8, 0, 2, 32, 4),
-        group_channels=channels,
-        size=size,
-        kernel=(1, 1),
-        padding=(0, 0, 0, 0),
-        input_form=form,
-    )
+    case = packing_case((8, 0, 2, 32, 4), channels, size, form)
     built = build(case)
     assert isinstance(built.input, Tensor)
     assert built.input_quantizer is not None
