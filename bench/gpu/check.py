@@ -78,7 +78,7 @@ class Context:
         dropped = ("TRITON_INTERPRET", "DFS_GPU_REHEARSAL", "DFS_DEBUG", "DFS_TEST_TRITON")
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         # Each of the test processes would start as many compilers as there are cores.
-        fixed = {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        fixed = {"PYTHONUNBUFFERED": "1", "COLUMNS": "300", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return {**kept, **fixed, "PYTHONPATH": str(ROOT), **self.variables, **changes}
 
     def job(self, name: str, command: Sequence[str], **changes: str) -> Job:

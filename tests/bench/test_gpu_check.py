@@ -336,15 +336,31 @@ def test_benchmarks_that_give_no_result_are_not_run_forever(
     assert (result.status, result.details) == ("FAILED", ("cannot import",))
 
 
+def pytest_run(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "DFS_GPU_REHEARSAL"}
+    command = [sys.executable, "-m", "pytest", *arguments, "-rs", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout
+
+
 def test_no_benchmark_begins_after_the_seconds_it_is_given() -> None:
-    command = [sys.executable, "-m", "pytest", "bench/gpu/bench_gpu_bars.py", "-k", "two_bits"]
-    done = subprocess.run(
-        [*command, "--seconds=1e-9", "-rs", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "too late: the 1e-09 s were over" in done.stdout
+    printed = pytest_run("bench/gpu/bench_gpu_bars.py", "-k", "two_bits", "--seconds=1e-9")
+    assert "too late: the 1e-09 s were over" in printed
+
+
+@pytest.mark.skipif(check.missing_gpu() is None, reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tests/kernels/test_gpu_exactness.py", "-m", "gpu", "-k", "dry_run"),
+        ("bench/gpu", "--benchmark-only", "-k", "two_bits"),
+    ],
+)
+def test_without_a_gpu_what_needs_one_is_skipped(arguments: tuple[str, ...]) -> None:
+    printed = pytest_run(*arguments)
+    assert "there is no CUDA device" in printed
+    assert "1 skipped" in printed
+    assert "passed" not in printed
 
 
 def test_files_with_gpu_tests_are_found() -> None:
