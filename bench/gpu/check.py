@@ -27,7 +27,7 @@ _SANITIZER_EXIT = 86
 _CALLS = [sys.executable, "-m", "tests.kernels.gpu_calls"]
 _BENCH = ("bench/gpu/bench_gpu_bars.py", "bench/gpu/bench_gpu_layers.py")
 # Of a failed part's log, and of its failed tests, how much is printed.
-_MOST_LINES = 12
+_MOST_LINES, _MOST_COLUMNS = 12, 160
 # Of a part's time, what compiling the benchmarks' kernels may take.
 _WARM_UP_SHARE = 0.3
 # What processes of the benchmarks need at their end to write what they have.
@@ -447,7 +447,8 @@ def _of_tests(outcomes: Outcomes, tests: Sequence[str]) -> Result:
 
 def _why(outcomes: Outcomes, test: str) -> str:
     died = outcomes.results[test] == "DIED"
-    return outcomes.reasons.get(test, "its process ended in it" if died else "see the log")
+    why = outcomes.reasons.get(test, "its process ended in it" if died else "see the log")
+    return why[:_MOST_COLUMNS]
 
 
 def _of_sanitizers(jobs: Mapping[str, Job]) -> Result:
@@ -479,7 +480,7 @@ def _tail(log: Path) -> tuple[str, ...]:
 
 
 def _tail_of(text: str) -> tuple[str, ...]:
-    return tuple(text.rstrip().splitlines()[-_MOST_LINES:])
+    return tuple(line[:_MOST_COLUMNS] for line in text.rstrip().splitlines()[-_MOST_LINES:])
 
 
 def _cores() -> int:

@@ -22,6 +22,7 @@ from tests.kernels.cases import (
     CORNERS,
     FORMS,
     OTHER_BACKENDS,
+    WITH_TRITON,
     ConvCase,
     as_bits,
     assert_matches_reference,
@@ -40,6 +41,7 @@ from tests.kernels.cases import (
 
 ROOT = Path(__file__).resolve().parents[2]
 every_backend = pytest.mark.parametrize("backend", OTHER_BACKENDS)
+with_triton = pytest.mark.parametrize("backend", WITH_TRITON)
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +72,13 @@ def test_every_combination_of_forms(
         assert_matches_reference(build(case), backend)
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize("case", CORNERS, ids=ConvCase.describe)
 def test_corner(backend: str, case: ConvCase) -> None:
     assert_matches_reference(build(case), backend)
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("zero_at_top", [False, True])
 def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: bool) -> None:
@@ -90,7 +92,7 @@ def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: 
     assert out[0, 0, 2, 2].item() == interior
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_special_values_quantize_alike(backend: str, bits: int) -> None:
     x = special_values()
@@ -115,7 +117,7 @@ def test_special_values_quantize_alike(backend: str, bits: int) -> None:
             assert torch.equal(got.data, expected.data)
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     bits=st.sampled_from([2, 4, 8]),
@@ -140,7 +142,7 @@ def test_packing(
     assert torch.equal(back, codes)
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     channels=st.integers(1, 17),
@@ -165,7 +167,7 @@ def test_quantize_pack_and_unpack_dequantize(
     assert torch.equal(as_bits(values), as_bits(reference.unpack_dequantize(expected)))
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 3), st.integers(1, 3)),
@@ -281,7 +283,7 @@ def test_a_sample_does_not_depend_on_the_batch_or_the_threads(backend: str) -> N
                     assert torch.equal(sample_bits(part, row), sample_bits(whole, n))
 
 
-@every_backend
+@with_triton
 def test_a_skipped_sample_is_not_read(backend: str) -> None:
     """Its input may hold anything: a row of a packed 0-bit sample is not even initialised."""
     case = ConvCase(bits=(0, 4), residual_form="float")
@@ -294,7 +296,7 @@ def test_a_skipped_sample_is_not_read(backend: str) -> None:
     assert torch.equal(as_bits(again), as_bits(clean))
 
 
-@every_backend
+@with_triton
 def test_packed_rows_ignore_the_bytes_beyond_a_samples_width(backend: str) -> None:
     case = ConvCase(bits=(2, 4), input_form="packed")
     built = build(case)

@@ -34,6 +34,8 @@ from dfs_kernels.packing import Quantizer, row_bytes
 from tests.kernels.cases import (
     CORNERS,
     FORMS,
+    RESIDUAL_FORMS,
+    STREAM_FORM,
     ConvCase,
     as_bits,
     assert_matches_reference,
@@ -72,6 +74,18 @@ def test_every_combination_of_forms(
 ) -> None:
     for case in cases_of_forms(input_form, residual_form, output_form):
         assert_matches_reference(build(case), backend, device)
+
+
+@every_backend
+@pytest.mark.parametrize("residual_form", RESIDUAL_FORMS)
+@pytest.mark.parametrize("output_form", ["float", "own", "fixed"])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_a_stream_is_read_at_own_widths(
+    backend: str, channels: int, residual_form: str | None, output_form: str, device: torch.device
+) -> None:
+    """As a residual block does, where it can be unpacked in words and where it can't."""
+    for case in cases_of_forms(STREAM_FORM, residual_form, output_form):
+        assert_matches_reference(build(replace(case, group_channels=channels)), backend, device)
 
 
 @every_backend
