@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dfs
+from dfs.latency import LatencyTable
+from dfs.models import DynamicResNet, build_model
 from dfs.report import ResultRow, results_table
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
@@ -146,6 +148,41 @@ def evaluate_run(
             "dfs train --resume goes on with it"
         )
     _report_run(trainer, split, as_json)
+
+
+@app.command()
+def bench(
+    latency_table: Annotated[
+        Path, typer.Option(help="File to write, milliseconds per block shape and width.")
+    ],
+    model: Annotated[str, typer.Option(help="Such as resnet20.")] = "resnet20",
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    classes: Annotated[int, typer.Option(help="How many there are.")] = 10,
+    choices: Annotated[str, typer.Option(help="Widths that the gate picks from.")] = "0,2,4,8",
+    gate: Annotated[str, typer.Option(help="rnn, feedforward or constant.")] = "rnn",
+    stream: Annotated[str, typer.Option(help="uint8 or float32.")] = "uint8",
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a network's parts take on this machine, as the table that a cost needs."""
+    try:
+        network = build_model(
+            model, classes, channels, _parse_choices(choices), stream, gate=gate
+        ).eval()
+        assert isinstance(network, DynamicResNet)
+        with Console(stderr=True).status("measuring") as status:
+            table = LatencyTable.measure(
+                network, (image_size, image_size), batch, threads, progress=status.update
+            )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    table.save(latency_table)
+    if as_json:
+        _print_json(table.to_dict())
+    else:
+        Console().print(_latency_summary(table))
 
 
 @app.command()
@@ -301,6 +338,21 @@ def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
         return
     title = f"{config.model} on {config.dataset}, {len(images)} {split} images"
     Console().print(results_table(rows, title))
+
+
+def _latency_summary(table: LatencyTable) -> Table:
+    parts = table.to_dict()["milliseconds_per_image"]
+    widths = sorted({int(bits) for times in parts.values() for bits in times})
+    shown = Table(
+        title=f"Milliseconds per image, batches of {table.batch}, {table.threads} threads"
+    )
+    shown.add_column("part")
+    for bits in widths:
+        shown.add_column(f"{bits} bits", justify="right")
+    for part, times in parts.items():
+        cells = (times.get(str(bits)) for bits in widths)
+        shown.add_row(part, *("" if t is None else f"{t:.4f}" for t in cells))
+    return shown
 
 
 def _cuda_module() -> dict[str, Any]:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dfs.cost import Cost
-from dfs.models import DynamicResNet
-from dfs.models.cifar_resnet import UNGATED_BITS, Policy
+from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
-from dfs.nn.block import SHORTCUT_BITS
-from dfs.nn.gates import State
+from dfs.nn.gate import State
 from dfs.nn.quantizers import LSQ
-from dfs.nn.stream import STREAM_BITS, pooled_mean
+from dfs.nn.stream import STREAM_BITS
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
 
@@ -80,7 +78,11 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         assert isinstance(module, ResidualBlock)
         sample(module.stream, output)
 
-    hooks = [
+    def watch_stem(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        sample(model.streams[0], model.pool(torch.relu(output)))
+
+    hooks = [model.bn_stem.register_forward_hook(watch_stem)]
+    hooks += [
         m.register_forward_pre_hook(watch_conv) for m in model.modules() if isinstance(m, DFSConv2d)
     ]
     hooks += [
@@ -130,6 +132,36 @@ class _Moments:
         return mean, (centred / max(self.count - 1, 1)).clamp_min(0)
 
 
+@torch.no_grad()
+def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: int = 0) -> None:
+    """Fit a network with trained weights to its widths, without training.
+
+    Steps by least squared error over clip ratios; BatchNorm statistics of every width from what it
+    really sees. 512 images are enough for 8 bits, which then run at about full accuracy; 4 bits and
+    less want training too.
+
+    Args:
+        images: float (N, C, H, W), normalized as in training.
+        seed: decides which activations are looked at.
+    """
+    expected = ("N", model.in_channels, "H", "W")
+    if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
+        raise ValueError(f"images must be {expected} with N >= 2, got {tuple(images.shape)}")
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    was_training = model.training
+    calibrate_steps(model, images, batch_size, seed)
+    estimate_every_width(model, list(images.split(batch_size)))
+    model.train(was_training)
+
+
+def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
+    """BatchNorm statistics of the network run at each width throughout."""
+    for width in model.choices:
+        if width:
+            reestimate_batchnorm(model, batches, width)
+
+
 @dataclass(frozen=True)
 class KeptStatistics:
     """A BatchNorm entry that saw too few samples to be estimated again."""
@@ -162,11 +194,12 @@ def reestimate_batchnorm(
         if isinstance(module, PerWidthBatchNorm2d):
             module.eval()
     kept: list[KeptStatistics] = []
-    uniform = [torch.full((len(b),), UNGATED_BITS, dtype=torch.int32) for b in batches]
-    stems = [model.stem(b, UNGATED_BITS) for b in batches]
+    ungated = model.ungated_bits
+    uniform = [torch.full((len(b),), ungated, dtype=torch.int32) for b in batches]
+    stems = [model.stem(b, ungated) for b in batches]
     _set_statistics(model.bn_stem, stems, uniform, 0)
     target = model.streams[0]
-    streams = [target(torch.relu(model.bn_stem(s, UNGATED_BITS))) for s in stems]
+    streams = [target(model.pool(torch.relu(model.bn_stem(s, ungated)))) for s in stems]
     streams = _through_block(model, 0, streams, uniform, 0, kept)
     states: list[State | None] = [None] * len(batches)
     for index in range(model.gated_blocks):
@@ -192,21 +225,19 @@ def _through_block(
     block = model.blocks[index]
     assert isinstance(block, ResidualBlock)
     if block.downsamples:
-        uniform = [torch.full_like(b, SHORTCUT_BITS) for b in bits]
-        shortcuts = [block.shortcut(s, SHORTCUT_BITS) for s in streams]
-        _set_statistics(block.bn_shortcut, shortcuts, uniform, 0)
-    first = [block.conv1(s, b) for s, b in zip(streams, bits, strict=True)]
-    counts = _set_statistics(block.bn1, first, bits, min_samples)
-    hidden = [torch.relu(block.bn1(y, b)) for y, b in zip(first, bits, strict=True)]
-    second = [block.conv2(h, b) for h, b in zip(hidden, bits, strict=True)]
-    _set_statistics(block.bn2, second, bits, min_samples)
+        widths = [torch.zeros_like(b) + block.shortcut_bits(b) for b in bits]
+        shortcuts = [block.shortcut(s, w) for s, w in zip(streams, widths, strict=True)]
+        _set_statistics(block.bn_shortcut, shortcuts, widths, 0)
+    hidden, counts = streams, dict[int, int]()
+    for i, (conv, norm) in enumerate(block.layers()):
+        inputs = [torch.relu(h) if i else h for h in hidden]
+        sums = [conv(h, b) for h, b in zip(inputs, bits, strict=True)]
+        counts = _set_statistics(norm, sums, bits, min_samples)
+        hidden = [norm(y, b) for y, b in zip(sums, bits, strict=True)]
     for width, count in counts.items():
         if count < max(min_samples, 1):
             kept.append(KeptStatistics(index, width, count))
-    return [
-        block.finish(s, block.bn2(y, b), False)
-        for s, y, b in zip(streams, second, bits, strict=True)
-    ]
+    return [block.finish(s, y, b) for s, y, b in zip(streams, hidden, bits, strict=True)]
 
 
 def _set_statistics(
@@ -214,13 +245,13 @@ def _set_statistics(
 ) -> dict[int, int]:
     """Set what has enough samples; returns the sample count of every width."""
     counts = {}
-    for i, width in enumerate(norm.bit_options):
+    for i, widths in enumerate(norm.entries):
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
-            rows = (b == width).nonzero().squeeze(1)
+            rows = norm.rows_of(i, b)
             if rows.numel():
                 moments.add(y[rows])
-        counts[width] = moments.samples
+        counts.update(dict.fromkeys(widths, moments.samples))
         # Statistics of one sample would only describe that sample.
         if moments.samples >= max(min_samples, 2):
             mean, var = moments.mean_and_var()
@@ -235,7 +266,7 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
     model.eval()
     stream = model.start(images)
     for index in range(model.gated_blocks):
-        model.gate.standardise(index, pooled_mean(stream))
+        model.gate.standardise(index, model.features(stream))
         drawn = model.decide(index, stream, None, model.choices[-1], explore=1.0)
         stream = model.step(index, stream, drawn)
 

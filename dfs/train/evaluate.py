@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import ImageSet
-from dfs.models import DynamicResNet, PlainResNet
-from dfs.models.cifar_resnet import Policy
+from dfs.models import DynamicResNet, PlainResNet, Policy
 
 _TIMED_PASSES = 5
 

@@ -26,6 +26,7 @@ from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer
 from dfs.train.calibrate import (
     calibrate_gate_bias,
     calibrate_steps,
+    estimate_every_width,
     reestimate_batchnorm,
     standardise_gates,
 )
@@ -462,13 +463,6 @@ STAGES: tuple[type[Stage], ...] = (
     JointStage,
     SettleStage,
 )
-
-
-def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
-    """BatchNorm statistics of the network run at each width throughout."""
-    for width in model.choices:
-        if width:
-            reestimate_batchnorm(model, batches, width)
 
 
 def estimation_batches(stage: Stage) -> list[Tensor]:

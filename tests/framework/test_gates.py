@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfs.nn.gates import RNNGate, cheapest_argmax, straight_through
+from dfs.nn.gate import straight_through
+from dfs.nn.gates import RNNGate
+from dfs_kernels.reference import cheapest_argmax
 
 
 def test_equal_logits_go_to_the_cheapest_choice() -> None:
