@@ -17,6 +17,13 @@ size_t pool_scratch_bytes(const FeatureMap& map);
 void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table, void* scratch,
                  double* means);
 
+// A row of weight (rows, columns) times x, plus its bias.
+double map_row(const float* weight, int64_t row, int64_t columns, const double* x,
+               const float* bias);
+
+// Index of the largest logit, the lowest among equals; the last one where a NaN leaves no largest.
+int64_t cheapest_argmax(const double* logits, int64_t count);
+
 size_t gate_scratch_bytes(const RnnGateArgs& args);
 
 // Writes `sample`'s part of the results.

@@ -72,23 +72,6 @@ void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table,
   for (int64_t c = 0; c < map.channels; ++c) means[c] = static_cast<double>(sums[c] - zero) * step;
 }
 
-// weight (rows, columns) times x, plus bias.
-double dot(const float* weight, int64_t row, int64_t columns, const double* x, const float* bias) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < columns; ++i) sum += weight[row * columns + i] * x[i];
-  return sum + bias[row];
-}
-
-// Index of the largest logit, the lowest among equals; the last one where a NaN leaves no largest.
-int64_t cheapest_argmax(const double* logits, int64_t count) {
-  int64_t best = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    if (std::isnan(logits[k])) return count - 1;
-    if (logits[k] > logits[best]) best = k;
-  }
-  return best;
-}
-
 // `memory` holds 6 * hidden values.
 void decide(const RnnGateArgs& args, int64_t sample, const double* means, double* memory) {
   const int64_t hidden = args.hidden;
@@ -101,11 +84,11 @@ void decide(const RnnGateArgs& args, int64_t sample, const double* means, double
     std::fill_n(before, hidden, 0.0);
   }
   for (int64_t i = 0; i < hidden; ++i) {
-    x[i] = dot(args.embed_weight, i, args.input.channels, means, args.embed_bias);
+    x[i] = map_row(args.embed_weight, i, args.input.channels, means, args.embed_bias);
   }
   for (int64_t i = 0; i < 4 * hidden; ++i) {
-    gates[i] = dot(args.weight_ih, i, hidden, x, args.bias_ih) +
-               dot(args.weight_hh, i, hidden, before, args.bias_hh);
+    gates[i] = map_row(args.weight_ih, i, hidden, x, args.bias_ih) +
+               map_row(args.weight_hh, i, hidden, before, args.bias_hh);
   }
   const int64_t cells = (args.batch + sample) * hidden;
   double* output = args.out_state + sample * hidden;
@@ -119,7 +102,7 @@ void decide(const RnnGateArgs& args, int64_t sample, const double* means, double
   const int64_t count = args.choice_count;
   double* logits = args.out_logits + sample * count;
   for (int64_t k = 0; k < count; ++k) {
-    logits[k] = dot(args.proj_weight, k, hidden, output, args.proj_bias) + args.choice_bias[k];
+    logits[k] = map_row(args.proj_weight, k, hidden, output, args.proj_bias) + args.choice_bias[k];
   }
   args.out_bits[sample] = args.choices[cheapest_argmax(logits, count)];
 }
@@ -144,6 +127,22 @@ void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table
   } else {
     pool_values(map, sample, means);
   }
+}
+
+double map_row(const float* weight, int64_t row, int64_t columns, const double* x,
+               const float* bias) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < columns; ++i) sum += weight[row * columns + i] * x[i];
+  return sum + bias[row];
+}
+
+int64_t cheapest_argmax(const double* logits, int64_t count) {
+  int64_t best = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    if (std::isnan(logits[k])) return count - 1;
+    if (logits[k] > logits[best]) best = k;
+  }
+  return best;
 }
 
 size_t gate_scratch_bytes(const RnnGateArgs& args) {

@@ -26,11 +26,6 @@ double nanoseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
 }
 
-template <typename T>
-std::vector<T> copied(const T* values, int64_t count) {
-  return std::vector<T>(values, values + count);
-}
-
 int64_t pixel_bytes(int64_t channels, int32_t bits) { return (channels * bits + 7) / 8; }
 
 int32_t widest(const WidthTable& widths) { return widths.bits[widths.count - 1]; }
@@ -153,36 +148,17 @@ Engine::Engine(const NetworkSpec& spec)
       pool_size_(spec.pool_size),
       pool_stride_(spec.pool_stride),
       pool_padding_(spec.pool_padding),
-      choices_(spec.choices),
-      hidden_(spec.hidden),
+      gates_(spec),
       classifier_(spec.classifier, kernels()) {
+  int64_t gate_index = 0;
   for (const BlockSpec& from : spec.blocks) {
     Block block;
     for (const LayerSpec& layer : from.layers) block.layers.emplace_back(layer, kernels());
     for (const LayerSpec& layer : from.shortcut) block.shortcut.emplace_back(layer, kernels());
     block.stream = from.stream;
     block.fixed_bits = from.fixed_bits;
-    if (from.fixed_bits < 0) block.gate = static_cast<int>(gates_.size());
-    if (block.gate >= 0) {
-      if (gates_.size() == spec.gates.size()) reject("network: fewer gates than gated blocks");
-      const GateSpec& gate = spec.gates[gates_.size()];
-      const int64_t channels = block.layers.empty() ? 0 : block.layers[0].geometry().in_channels;
-      gates_.push_back({copied(gate.embed_weight, hidden_ * channels),
-                        copied(gate.embed_bias, hidden_)});
-    }
+    if (from.fixed_bits < 0) block.gate = gate_index++;
     blocks_.push_back(std::move(block));
-  }
-  if (gates_.size() != spec.gates.size()) reject("network: more gates than gated blocks");
-  if (!gates_.empty()) {
-    const int64_t count = choices();
-    if (count < 1 || count > kMaxChoices) reject("network: it has gates, but no choices");
-    weight_ih_ = copied(spec.weight_ih, 4 * hidden_ * hidden_);
-    weight_hh_ = copied(spec.weight_hh, 4 * hidden_ * hidden_);
-    bias_ih_ = copied(spec.bias_ih, 4 * hidden_);
-    bias_hh_ = copied(spec.bias_hh, 4 * hidden_);
-    proj_weight_ = copied(spec.proj_weight, count * hidden_);
-    proj_bias_ = copied(spec.proj_bias, count);
-    choice_bias_ = copied(spec.choice_bias, count);
   }
   plan();
 }
@@ -237,12 +213,7 @@ void Engine::plan() {
   for (Block& block : blocks_) {
     if (block.layers.empty()) reject("network: a block without convolutions");
     const FeatureMap input = stream_map(stream, nullptr, channels, height, width);
-    if (block.gate >= 0) {
-      RnnGateArgs args;
-      args.input = input;
-      args.hidden = hidden_;
-      gate_scratch_bytes_ = std::max(gate_scratch_bytes_, gate_scratch_bytes(args));
-    }
+    gate_scratch_bytes_ = std::max(gate_scratch_bytes_, gates_.scratch_bytes(input));
     const int64_t in_channels = channels;
     const int64_t last_index = static_cast<int64_t>(block.layers.size()) - 1;
     FeatureMap from = input;
@@ -304,8 +275,10 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   space->shortcut = AlignedBytes(shortcut_values_ * sizeof(float));
   space->scratch.emplace_back(scratch_bytes_);
   space->gate_scratch = AlignedBytes(gate_scratch_bytes_);
-  for (std::vector<double>& state : space->states) state.resize(static_cast<size_t>(2 * hidden_));
-  space->gate_logits.resize(choices_.size());
+  for (std::vector<double>& state : space->states) {
+    state.resize(static_cast<size_t>(2 * gates_.hidden()));
+  }
+  space->gate_logits.resize(static_cast<size_t>(choices()));
   const auto channels = static_cast<size_t>(classifier_.geometry().in_channels);
   space->pooled.resize(channels);
   space->means.resize(channels);
@@ -348,9 +321,9 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   }
   double* times = output.block_times;
   Clock::time_point start = Clock::now();
-  const auto lap = [&](double* into) {
-    if (times == nullptr) return;
-    *into += nanoseconds_since(start);
+  const auto lap = [&](double* into, size_t index) {
+    if (into == nullptr) return;
+    into[index] += nanoseconds_since(start);
     start = Clock::now();
   };
 
@@ -362,17 +335,17 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
                          stem_height_, stem_width_);
   run_layer(stem_, {stem_.widths().bits[0], image, false, nullptr, true, space.map}, space, threads);
   if (pool_size_ > 0) pool_stem(space);
-  lap(times);
+  lap(times, 0);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     const Block& block = blocks_[i];
     int32_t bits = block.fixed_bits;
     if (block.gate >= 0) {
       bits = decide(block, call, output, sample, space);
-      lap(output.gate_times + block.gate);
+      lap(output.gate_times, static_cast<size_t>(block.gate));
       if (output.bits != nullptr) output.bits[sample * gates() + block.gate] = bits;
     }
     run_block(block, bits, space, threads);
-    lap(times + 1 + i);
+    lap(times, 1 + i);
   }
 
   pool_sample(space.map, 0, kernels(), space.gate_scratch.data(), space.means.data());
@@ -382,36 +355,23 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   const FeatureMap logits = float_map(output.logits + sample * classes(), classes(), 1, 1);
   run_layer(classifier_, {classifier_.widths().bits[0], pooled, false, nullptr, false, logits},
             space, 1);
-  lap(times + 1 + blocks_.size());
+  lap(times, 1 + blocks_.size());
 }
 
 int32_t Engine::decide(const Block& block, const EngineCall& call, const EngineOutput& output,
                        int64_t sample, Workspace& space) const {
   const int64_t place = sample * gates() + block.gate;
   if (call.policy != nullptr) return call.policy[place];
-  const Gate& gate = gates_[static_cast<size_t>(block.gate)];
-  int32_t bits = 0;
-  RnnGateArgs args;
-  args.batch = 1;
-  args.input = space.map;
-  args.hidden = hidden_;
-  args.choice_count = choices();
-  std::copy(choices_.begin(), choices_.end(), args.choices);
-  args.state = space.has_state ? space.states[0].data() : nullptr;
-  args.embed_weight = gate.embed_weight.data();
-  args.embed_bias = gate.embed_bias.data();
-  args.weight_ih = weight_ih_.data();
-  args.weight_hh = weight_hh_.data();
-  args.bias_ih = bias_ih_.data();
-  args.bias_hh = bias_hh_.data();
-  args.proj_weight = proj_weight_.data();
-  args.proj_bias = proj_bias_.data();
-  args.choice_bias = call.choice_bias == nullptr ? choice_bias_.data() : call.choice_bias;
-  args.out_bits = &bits;
-  args.out_logits = output.gate_logits == nullptr ? space.gate_logits.data()
-                                                  : output.gate_logits + place * choices();
-  args.out_state = space.states[1].data();
-  gate_step(args, 0, kernels(), space.gate_scratch.data());
+  GateTask task;
+  task.features = space.map;
+  task.has_state = space.has_state;
+  task.state_before = space.states[0].data();
+  task.state_after = space.states[1].data();
+  task.choice_bias = call.choice_bias;
+  task.logits = output.gate_logits == nullptr ? space.gate_logits.data()
+                                              : output.gate_logits + place * choices();
+  task.scratch = space.gate_scratch.data();
+  const int32_t bits = gates_.decide(block.gate, task, kernels());
   std::swap(space.states[0], space.states[1]);
   space.has_state = true;
   return bits;

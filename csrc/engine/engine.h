@@ -12,6 +12,7 @@
 #include <mutex>
 #include <vector>
 
+#include "gates.h"
 #include "layer.h"
 #include "network.h"
 
@@ -44,8 +45,8 @@ class Engine {
   ~Engine();
 
   int64_t classes() const { return classifier_.geometry().out_channels; }
-  int64_t gates() const { return static_cast<int64_t>(gates_.size()); }
-  int64_t choices() const { return static_cast<int64_t>(choices_.size()); }
+  int64_t gates() const { return gates_.count(); }
+  int64_t choices() const { return gates_.choice_count(); }
   size_t weight_bytes() const;
 
   // May be called from several threads at once. A sample with a value that is not finite gets NaN
@@ -58,14 +59,10 @@ class Engine {
     std::vector<Layer> shortcut;
     StreamSpec stream;
     int32_t fixed_bits = -1;
-    int gate = -1;
+    int64_t gate = -1;
     int64_t channels = 0;  // of the stream it writes
     int64_t height = 0;
     int64_t width = 0;
-  };
-  struct Gate {
-    std::vector<float> embed_weight;
-    std::vector<float> embed_bias;
   };
   // Memory of one sample at work, and of the threads that share it.
   struct Workspace;
@@ -92,11 +89,7 @@ class Engine {
   int64_t pool_stride_;
   int64_t pool_padding_;
   std::vector<Block> blocks_;
-  std::vector<Gate> gates_;
-  std::vector<int32_t> choices_;
-  int64_t hidden_;
-  std::vector<float> weight_ih_, weight_hh_, bias_ih_, bias_hh_, proj_weight_, proj_bias_;
-  std::vector<double> choice_bias_;
+  Gates gates_;
   Layer classifier_;
 
   // Found by plan().

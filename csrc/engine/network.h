@@ -37,10 +37,17 @@ struct BlockSpec {
   int32_t fixed_bits = -1;
 };
 
-// A recurrent gate, as RnnGateArgs has it.
+enum class GateKind { kRecurrent, kFeedForward, kConstant };
+
+// What one gate does not share with the others. F are the features it sees: C channel means, and
+// with `deviation` as many channel deviations behind them.
 struct GateSpec {
-  const float* embed_weight = nullptr;  // (H, C)
+  GateKind kind = GateKind::kRecurrent;
+  bool deviation = false;
+  const float* embed_weight = nullptr;  // (H, F); not for a constant gate
   const float* embed_bias = nullptr;    // (H)
+  const float* proj_weight = nullptr;   // (K, H), of a feed-forward gate
+  const float* proj_bias = nullptr;     // (K); of a constant gate, its logits
 };
 
 struct NetworkSpec {
@@ -56,17 +63,18 @@ struct NetworkSpec {
 
   std::vector<BlockSpec> blocks;
 
-  // One for each gated block, in order; the parameters below are shared by all of them.
+  // One for each gated block, in order.
   std::vector<GateSpec> gates;
   int64_t hidden = 0;
   std::vector<int32_t> choices;
+  const double* choice_bias = nullptr;
+  // Shared by recurrent gates: those of RnnGateArgs.
   const float* weight_ih = nullptr;
   const float* weight_hh = nullptr;
   const float* bias_ih = nullptr;
   const float* bias_hh = nullptr;
   const float* proj_weight = nullptr;
   const float* proj_bias = nullptr;
-  const double* choice_bias = nullptr;
 
   LayerSpec classifier;  // 1x1 on the pooled features, at its only width
 };

@@ -1,0 +1,183 @@
+"""The frozen network that users run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfs.engine.file import load_graph, save_graph
+from dfs.engine.freeze import freeze_network
+from dfs.engine.graph import EngineGraph
+from dfs.engine.native import NativeExecutor
+from dfs.models import DynamicResNet
+
+Policy = int | Tensor | None
+
+
+class EngineOutput(NamedTuple):
+    """What an engine says of a batch.
+
+    Attributes:
+        logits: float32 (N, classes); NaN for an image with a value that is not finite.
+        bits: int32 (N, gated blocks), the decisions.
+        cost: float64 (N,), the mean over gated blocks of (bits/32)^2 (Shen et al., section 4.1).
+    """
+
+    logits: Tensor
+    bits: Tensor
+    cost: Tensor
+
+
+class BlockTime(NamedTuple):
+    """One line of a profile: milliseconds for the whole batch.
+
+    Attributes:
+        name: "stem", "block 0" and so on, "classifier".
+        gate: of the block's gate; 0 where there is none.
+        share: of the total.
+    """
+
+    name: str
+    milliseconds: float
+    gate: float
+    share: float
+
+
+class Engine:
+    """A frozen network; make one with :func:`freeze` or :func:`load_engine`.
+
+    Calls may come from several threads at once. A sample's result does not depend on what else is
+    in its batch, nor on the number of threads (:func:`torch.get_num_threads`).
+    """
+
+    def __init__(
+        self, graph: EngineGraph, tensors: dict[str, Tensor], extra: dict[str, Any] | None = None
+    ) -> None:
+        self.graph = graph
+        self.extra = dict(extra or {})
+        self._tensors = tensors
+        self._executor = NativeExecutor(graph, tensors)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return self.graph.choices
+
+    @property
+    def gated_blocks(self) -> int:
+        return self.graph.gated_blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, scales and gates, as they are saved."""
+        return sum(value.numel() * value.element_size() for value in self._tensors.values())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held for running, re-tiled for this machine."""
+        return self._executor.weight_bytes()
+
+    def __call__(self, images: Tensor, policy: Policy = None) -> EngineOutput:
+        """Classify images.
+
+        Args:
+            images: float32 (N, C, H, W), contiguous or channels_last, on the CPU.
+            policy: None asks the gates; an int out of the choices runs every gated block at that
+                width; an integer tensor (N, gated blocks) gives every decision.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        found = self._executor.run(*self._arguments(images, policy), None)
+        share = found.bits.double() / 32
+        return EngineOutput(found.logits, found.bits, share.square().mean(1))
+
+    def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
+        """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
+        if rounds < 1:
+            raise ValueError(f"rounds must be positive, got {rounds}")
+        arguments = self._arguments(images, policy)
+        self._executor.run(*arguments, None)
+        runs = [self._executor.run(*arguments, None, timed=True) for _ in range(rounds)]
+        blocks = torch.stack([_known(r.block_times) for r in runs]).median(0).values / 1e6
+        gates = torch.stack([_known(r.gate_times) for r in runs]).median(0).values / 1e6
+        total = float(blocks.sum() + gates.sum())
+        count = len(self.graph.architecture.blocks)
+        names = ["stem", *(f"block {i}" for i in range(count)), "classifier"]
+        # The first block has no gate.
+        own = [0.0, 0.0, *gates.tolist(), 0.0]
+        return [
+            BlockTime(name, time, gate, (time + gate) / total)
+            for name, time, gate in zip(names, blocks.tolist(), own, strict=True)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the engine into one file, for :func:`load_engine`."""
+        save_graph(path, self.graph, self._tensors, self.extra)
+
+    def _arguments(self, images: Tensor, policy: Policy) -> tuple[Tensor, Tensor | None]:
+        shape = (self.graph.architecture.in_channels, *self.graph.image_size)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if images.dtype != torch.float32:
+            raise TypeError(f"images must be float32, got {images.dtype}")
+        if images.dim() != 4 or tuple(images.shape[1:]) != shape:
+            raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
+        if images.device.type != "cpu":
+            raise ValueError(f"images must be on the CPU, got {images.device}")
+        return images.detach(), self._policy(policy, images.shape[0])
+
+    def _policy(self, policy: Policy, batch: int) -> Tensor | None:
+        if policy is None:
+            return None
+        expected = (batch, self.gated_blocks)
+        if not isinstance(policy, Tensor):
+            if isinstance(policy, bool) or not isinstance(policy, int):
+                raise TypeError(f"policy must be None, an int or a tensor, got {policy!r}")
+            policy = torch.full(expected, policy, dtype=torch.int32)
+        if policy.is_floating_point() or policy.dtype == torch.bool:
+            raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
+        if tuple(policy.shape) != expected:
+            raise ValueError(f"policy must have shape {expected}, got {tuple(policy.shape)}")
+        wrong = ~torch.isin(policy.cpu(), torch.tensor(self.choices))
+        if bool(wrong.any()):
+            sample, block = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"policy[{sample}, {block}] is {int(policy[sample, block])}, "
+                f"which is not one of {self.choices}"
+            )
+        return policy.to("cpu", torch.int32).contiguous()
+
+
+def _known(times: Tensor | None) -> Tensor:
+    assert times is not None
+    return times
+
+
+def freeze(model: DynamicResNet, image_size: Sequence[int] = (32, 32)) -> Engine:
+    """A trained network as one that only runs: BatchNorm folded per width, weights packed.
+
+    Args:
+        model: in evaluation mode; it is copied and not changed.
+        image_size: (H, W) of the images it will be given.
+
+    Raises:
+        ValueError: naming what can't be frozen.
+    """
+    if not isinstance(model, DynamicResNet):
+        raise TypeError(f"model must be a DynamicResNet, got {type(model).__name__}")
+    if len(image_size) != 2:
+        raise ValueError(f"image_size must be (H, W), got {tuple(image_size)}")
+    return Engine(*freeze_network(model, (int(image_size[0]), int(image_size[1]))))
+
+
+def load_engine(path: str | os.PathLike[str]) -> Engine:
+    """The engine that :meth:`Engine.save` wrote. Runs no code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no engine file, of another version, or damaged.
+    """
+    return Engine(*load_graph(path))
