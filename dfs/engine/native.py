@@ -74,9 +74,7 @@ class NativeExecutor:
         count = torch.get_num_threads() if threads is None else threads
         _, channels, height, width = images.shape
         self._engine.run(
-            _cpu.FeatureMap.of_values(
-                images.data_ptr(), channels, height, width, images.stride()
-            ),
+            _cpu.FeatureMap.of_values(images.data_ptr(), channels, height, width, images.stride()),
             batch,
             _address(policy),
             _address(choice_bias),
