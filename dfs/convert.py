@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ def make_dynamic(
     Raises:
         ValueError: naming the module that is not supported, or saying that the logits differ.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     plain = model if isinstance(model, PlainResNet) else _to_plain(model, image_size)
     dynamic = DynamicResNet(plain.architecture, choices=choices, **options)
     dynamic.load_plain(plain)
@@ -59,9 +62,9 @@ def make_dynamic(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution and its BatchNorm, and what they are called."""
+    """A convolution and its BatchNorm, and what that is called."""
 
-    name: str
+    norm_name: str
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
 
@@ -105,7 +108,7 @@ def _to_plain(model: nn.Module, image_size: tuple[int, int] | None) -> PlainResN
     layers += [block.shortcut for block in blocks if block.shortcut is not None]
     odd = next((layer for layer in layers if layer.norm.eps != stem.norm.eps), None)
     if odd is not None:
-        raise _unsupported(odd.name, odd.norm, f"eps differs from the stem's {stem.norm.eps}")
+        raise _unsupported(odd.norm_name, odd.norm, f"eps differs from the stem's {stem.norm.eps}")
     architecture = Architecture(
         stem.shape,
         None if pool is None else _pool_shape(*pool),
@@ -235,7 +238,7 @@ def _layer(conv_name: str, conv: Any, norm_name: str, norm: Any) -> _Layer:
         raise _unsupported(conv_name, conv, "the same in both directions")
     if norm.running_mean is None or not norm.affine:
         raise _unsupported(norm_name, norm, "with running statistics and an affine map")
-    return _Layer(conv_name, conv, norm)
+    return _Layer(norm_name, conv, norm)
 
 
 def _pool_shape(name: str, pool: nn.Module) -> PoolShape:
@@ -274,16 +277,10 @@ def _copy_weights(
 @torch.no_grad()
 def _compare(model: nn.Module, plain: PlainResNet, image_size: tuple[int, int]) -> None:
     """Refuse a network whose forward does something else than its modules say."""
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, plain.architecture.in_channels, *image_size, generator=generator)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        expected: Tensor = model(images.to(device)).cpu()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # A copy on the CPU: no mode of the original changes, and nothing rounds to TF32.
+    expected: Tensor = copy.deepcopy(model).cpu().eval()(images)
     got = plain(images)
     if expected.shape != got.shape or not torch.isfinite(expected).all():
         raise ValueError(

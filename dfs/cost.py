@@ -19,19 +19,21 @@ FULL_BITS = 32
 class Cost:
     """Base of the costs.
 
+    Args:
+        fixed, table: in the unit of ``full``.
+        full: what the full-precision network costs: every layer at 32 bits, and no gates.
+
     Attributes:
         name: what :func:`make_cost` calls it.
         unit: of ``full``.
         fixed: the part that no decision changes, as a fraction of ``full``.
         table: float64 (gated blocks, choices), fractions of ``full``.
-        full: what the full-precision network costs: every layer at 32 bits, and no gates.
     """
 
     name = ""
     unit = ""
 
     def __init__(self, fixed: float, table: Tensor, full: float) -> None:
-        """Args: fixed, table: in the unit of ``full``, unlike the attributes."""
         self.fixed = fixed / full
         self.table = table.double() / full
         self.full = full

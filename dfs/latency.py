@@ -25,6 +25,7 @@ from torch import Tensor
 from dfs.models import DynamicResNet
 from dfs.nn.block import ResidualBlock, make_conv, make_norm
 from dfs.nn.folded import FoldedConv, Stream, run_packed_stem
+from dfs.nn.semantics import STREAMS
 from dfs.nn.shapes import BlockShape, ConvShape, Size
 from dfs.nn.stream import STREAM_BITS, StreamQuantizer, pooled_mean
 from dfs_kernels import backend_info, quantize_pack
@@ -100,9 +101,14 @@ class LatencyTable:
         model.check_packable()
         if model.training:
             raise ValueError("model must be in evaluation mode, which is what is deployed")
+        device = model.stem.weight.device
+        if device.type != "cpu":
+            raise ValueError(f"model must be on the CPU, which is what is timed, got {device}")
         for name, value in (("batch", batch), ("threads", threads), ("rounds", rounds)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if min(image_size) < 1:
+            raise ValueError(f"image_size must be positive, got {image_size}")
         entries: Entries = {}
         with _threads(threads), torch.no_grad():
             for name, make in _parts(model, image_size, batch).items():
@@ -180,9 +186,13 @@ class LatencyTable:
                 for part, widths in content["milliseconds_per_image"].items()
                 for bits, value in widths.items()
             }
-            return LatencyTable(
-                entries, content["stream"], content["batch"], content["threads"], content["machine"]
-            )
+            stream, batch, threads = content["stream"], content["batch"], content["threads"]
+            if stream not in STREAMS:
+                raise ValueError(f"stream must be one of {STREAMS}, got {stream!r}")
+            for name, value in (("batch", batch), ("threads", threads)):
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{name} must be a positive int, got {value!r}")
+            return LatencyTable(entries, stream, batch, threads, content["machine"])
         except KeyError as error:
             raise ValueError(f"latency table {path}: entry {error} is missing") from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -208,6 +218,11 @@ class _Names:
             f"{model.gate.macs(i)} MACs"
             for i, (block, size) in enumerate(zip(shape.blocks[1:], self.sizes[1:], strict=True))
         ]
+
+
+def part_names(model: DynamicResNet, image_size: Size) -> list[str]:
+    """The entries that a table needs to price a network, without repeats."""
+    return list(_parts(model, image_size, batch=1))
 
 
 def _image(channels: int, size: Size) -> str:

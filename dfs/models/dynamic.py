@@ -116,6 +116,7 @@ class DynamicResNet(nn.Module):
         self.semantics = semantics = Semantics(stream, quantizer, norm, ungated_bits, skipping)
         options = check_options([c for c in choices if c != 0], "choices")
         self.choices = tuple(choices)
+        self._simulated = _what_simulates(self.choices, quantizer)
         self.streams = nn.ModuleList(
             StreamQuantizer(stream == "uint8") for _ in range(shape.streams[-1] + 1)
         )
@@ -156,7 +157,7 @@ class DynamicResNet(nn.Module):
     @property
     def packable(self) -> bool:
         """Whether evaluation runs packed; else it simulates in float, on the reference."""
-        return self._simulated() is None
+        return self._simulated is None
 
     def check_packable(self) -> None:
         """Refuse, by name, what has no packed form and so can't be frozen.
@@ -164,15 +165,10 @@ class DynamicResNet(nn.Module):
         Raises:
             ValueError: naming the choices or the quantizer that only simulate.
         """
-        reason = self._simulated()
-        if reason is not None:
-            raise ValueError(f"{reason} only simulate in float and can't be packed or frozen")
-
-    def _simulated(self) -> str | None:
-        if quantizer_class(self.semantics.quantizer).simulation_only:
-            return f"the values of quantizer {self.semantics.quantizer!r}"
-        odd = tuple(c for c in self.choices if c not in (0, *KERNEL_WIDTHS))
-        return f"the choices {odd}" if odd else None
+        if self._simulated is not None:
+            raise ValueError(
+                f"{self._simulated} only simulate in float and can't be packed or frozen"
+            )
 
     @property
     def gated_blocks(self) -> int:
@@ -430,3 +426,11 @@ class DynamicResNet(nn.Module):
         ungated += shape.out_channels * shape.num_classes
         gates = sum(self.gate.macs(i) for i in range(self.gated_blocks))
         return LayerMacs(tuple(branches[1:]), tuple(shortcuts[1:]), ungated, gates)
+
+
+def _what_simulates(choices: Sequence[int], quantizer: str) -> str | None:
+    """What has no packed form, or None if everything has."""
+    if quantizer_class(quantizer).simulation_only:
+        return f"the values of quantizer {quantizer!r}"
+    odd = tuple(c for c in choices if c not in (0, *KERNEL_WIDTHS))
+    return f"the choices {odd}" if odd else None

@@ -103,6 +103,15 @@ class Gate(nn.Module):
             state: the previous gate's, or None at the first.
             temperature: Gumbel temperature while training; None takes the argmax.
         """
+        logits, state = self._score(index, pooled, state)
+        logits = logits + self.choice_bias
+        choice, mask = straight_through(logits, temperature)
+        return GateDecision(self.widths[choice], mask.float(), logits, state)
+
+    def _score(
+        self, index: int, pooled: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Logits without the bias, float64 (N, len(choices)), and what the next gate is handed."""
         raise NotImplementedError
 
     def run(

@@ -14,7 +14,6 @@ from dfs.nn.gate import (
     State,
     fold_standardisation,
     linear64,
-    straight_through,
 )
 from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
 
@@ -68,13 +67,9 @@ class RNNGate(Gate):
         mask = (step.bits[:, None] == self.widths).float()
         return GateDecision(step.bits, mask, step.logits, step.state)
 
-    def forward(
-        self,
-        index: int,
-        pooled: Tensor,
-        state: State | None,
-        temperature: float | None = None,
-    ) -> GateDecision:
+    def _score(
+        self, index: int, pooled: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
         if state is None:
             state = pooled.new_zeros(2, pooled.shape[0], self.hidden)
         embed = self.embed[index]
@@ -85,10 +80,8 @@ class RNNGate(Gate):
         enter, forget, update, leave = mixed.chunk(4, -1)
         memory = forget.sigmoid() * state[1] + enter.sigmoid() * update.tanh()
         output = leave.sigmoid() * memory.tanh()
-        logits = linear64(output, self.proj.weight, self.proj.bias) + self.choice_bias
-        choice, mask = straight_through(logits, temperature)
-        state = torch.stack((output, memory))
-        return GateDecision(self.widths[choice], mask.float(), logits, state)
+        logits = linear64(output, self.proj.weight, self.proj.bias)
+        return logits, torch.stack((output, memory))
 
     def standardise(self, index: int, pooled: Tensor) -> None:
         fold_standardisation(self.embed[index], pooled)
@@ -128,20 +121,14 @@ class FeedForwardGate(Gate):
         assert isinstance(embed, nn.Linear)
         return embed.in_features * self.hidden + self.hidden * len(self.choices)
 
-    def forward(
-        self,
-        index: int,
-        pooled: Tensor,
-        state: State | None,
-        temperature: float | None = None,
-    ) -> GateDecision:
+    def _score(
+        self, index: int, pooled: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
         embed, proj = self.embed[index], self.proj[index]
         assert isinstance(embed, nn.Linear)
         assert isinstance(proj, nn.Linear)
         hidden = torch.relu(linear64(pooled, embed.weight, embed.bias))
-        logits = linear64(hidden, proj.weight, proj.bias) + self.choice_bias
-        choice, mask = straight_through(logits, temperature)
-        return GateDecision(self.widths[choice], mask.float(), logits, None)
+        return linear64(hidden, proj.weight, proj.bias), None
 
     def standardise(self, index: int, pooled: Tensor) -> None:
         fold_standardisation(self.embed[index], pooled)
@@ -169,17 +156,10 @@ class ConstantGate(Gate):
     def macs(self, index: int) -> int:
         return 0
 
-    def forward(
-        self,
-        index: int,
-        pooled: Tensor,
-        state: State | None,
-        temperature: float | None = None,
-    ) -> GateDecision:
-        logits = self.logits[index].double() + self.choice_bias
-        logits = logits.expand(pooled.shape[0], -1)
-        choice, mask = straight_through(logits, temperature)
-        return GateDecision(self.widths[choice], mask.float(), logits, None)
+    def _score(
+        self, index: int, pooled: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        return self.logits[index].double().expand(pooled.shape[0], -1), None
 
     def standardise(self, index: int, pooled: Tensor) -> None:
         """Nothing: the features are not looked at."""

@@ -24,8 +24,9 @@ class Semantics:
         skipping: what a down-sampling block does. "default": the shortcut runs at
             ``ungated_bits`` whatever the choice, and a skipped sample becomes ReLU(shortcut).
             "paper", as in the authors' code: the shortcut runs at the sample's own width, at 32
-            bits for a skipped sample, which becomes the shortcut without a ReLU. In training every
-            choice is then computed for every sample and the mask adds them up.
+            bits for a skipped sample, which becomes the shortcut without a ReLU. Where gates learn
+            (``gate_gradient``), every choice is computed for every sample and the mask adds them
+            up.
     """
 
     stream: str = "uint8"

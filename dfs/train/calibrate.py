@@ -19,6 +19,8 @@ from dfs_kernels.widths import activation_max, default_levels
 
 _CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
 _SAMPLED_VALUES = 1 << 15
+# Without training, BatchNorm statistics are kept from this width on.
+_KEPT_FROM = 8
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
@@ -136,9 +138,10 @@ class _Moments:
 def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: int = 0) -> None:
     """Fit a network with trained weights to its widths, without training.
 
-    Steps by least squared error over clip ratios; BatchNorm statistics of every width from what it
-    really sees. 512 images are enough for 8 bits, which then run at about full accuracy; 4 bits and
-    less want training too.
+    Steps by least squared error over clip ratios. BatchNorm statistics of the widths below 8 bits
+    are estimated from what they really see; those above follow the full-precision network closely
+    enough to keep its statistics, which more images went into. A few hundred images do; 4 bits and
+    less want training besides.
 
     Args:
         images: float (N, C, H, W), normalized as in training.
@@ -151,7 +154,12 @@ def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: 
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     was_training = model.training
     calibrate_steps(model, images, batch_size, seed)
-    estimate_every_width(model, list(images.split(batch_size)))
+    batches = list(images.split(batch_size))
+    # Quantizers without learned steps observe their ranges in these passes.
+    observes = model.semantics.quantizer != "lsq"
+    for width in model.choices:
+        if 0 < width < _KEPT_FROM or (width and observes):
+            reestimate_batchnorm(model, batches, width, keep_from=_KEPT_FROM)
     model.train(was_training)
 
 
@@ -177,6 +185,7 @@ def reestimate_batchnorm(
     batches: Sequence[Tensor],
     policy: Policy = None,
     min_samples: int = 256,
+    keep_from: int = 33,
 ) -> list[KeptStatistics]:
     """Estimate BatchNorm statistics again, block by block, each from what it will really see.
 
@@ -184,6 +193,7 @@ def reestimate_batchnorm(
         batches: training images, as many as are to be used.
         policy: None routes as the gate decides; an int runs every gated block at that width.
         min_samples: a gated (block, width) with fewer routed samples keeps what it had.
+        keep_from: widths from here on keep what they had, and are not listed.
 
     Returns:
         The entries kept. Widths that no sample was routed to are among them.
@@ -197,10 +207,10 @@ def reestimate_batchnorm(
     ungated = model.ungated_bits
     uniform = [torch.full((len(b),), ungated, dtype=torch.int32) for b in batches]
     stems = [model.stem(b, ungated) for b in batches]
-    _set_statistics(model.bn_stem, stems, uniform, 0)
+    _set_statistics(model.bn_stem, stems, uniform, 0, keep_from)
     target = model.streams[0]
     streams = [target(model.pool(torch.relu(model.bn_stem(s, ungated)))) for s in stems]
-    streams = _through_block(model, 0, streams, uniform, 0, kept)
+    streams = _through_block(model, 0, streams, uniform, 0, keep_from, kept)
     states: list[State | None] = [None] * len(batches)
     for index in range(model.gated_blocks):
         bits = []
@@ -209,7 +219,7 @@ def reestimate_batchnorm(
             states[i] = decision.state
             bits.append(decision.bits)
         needed = min_samples if policy is None else 0
-        streams = _through_block(model, index + 1, streams, bits, needed, kept)
+        streams = _through_block(model, index + 1, streams, bits, needed, keep_from, kept)
     model.train(was_training)
     return [k for k in kept if policy is None or k.width == policy]
 
@@ -220,6 +230,7 @@ def _through_block(
     streams: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
+    keep_from: int,
     kept: list[KeptStatistics],
 ) -> list[Tensor]:
     block = model.blocks[index]
@@ -227,12 +238,12 @@ def _through_block(
     if block.downsamples:
         widths = [torch.zeros_like(b) + block.shortcut_bits(b) for b in bits]
         shortcuts = [block.shortcut(s, w) for s, w in zip(streams, widths, strict=True)]
-        _set_statistics(block.bn_shortcut, shortcuts, widths, 0)
+        _set_statistics(block.bn_shortcut, shortcuts, widths, 0, keep_from)
     hidden, counts = streams, dict[int, int]()
     for i, (conv, norm) in enumerate(block.layers()):
         inputs = [torch.relu(h) if i else h for h in hidden]
         sums = [conv(h, b) for h, b in zip(inputs, bits, strict=True)]
-        counts = _set_statistics(norm, sums, bits, min_samples)
+        counts = _set_statistics(norm, sums, bits, min_samples, keep_from)
         hidden = [norm(y, b) for y, b in zip(sums, bits, strict=True)]
     for width, count in counts.items():
         if count < max(min_samples, 1):
@@ -241,11 +252,17 @@ def _through_block(
 
 
 def _set_statistics(
-    norm: PerWidthBatchNorm2d, outputs: list[Tensor], bits: list[Tensor], min_samples: int
+    norm: PerWidthBatchNorm2d,
+    outputs: list[Tensor],
+    bits: list[Tensor],
+    min_samples: int,
+    keep_from: int,
 ) -> dict[int, int]:
-    """Set what has enough samples; returns the sample count of every width."""
+    """Set what has enough samples; returns the sample count of every width below ``keep_from``."""
     counts = {}
     for i, widths in enumerate(norm.entries):
+        if widths[-1] >= keep_from:
+            continue
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
             rows = norm.rows_of(i, b)

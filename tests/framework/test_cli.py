@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from dfs.cli import main
+from dfs.cost import Latency
+from dfs.latency import LatencyTable
+from dfs.models import DynamicResNet
 
 _SMALL = [
     *("--model", "resnet8", "--target", "0.03"),
@@ -157,3 +160,50 @@ def test_train_stops_on_a_signal_resumes_and_evaluates(tmp_path: Path) -> None:
     table = _dfs("eval", str(run), "--split", "val")
     assert table.returncode == 0, table.stderr
     assert "BitOPs" in table.stdout
+
+
+def test_bench_writes_a_table_that_prices_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    arguments = ["bench", "--latency-table", str(path), "--model", "resnet8"]
+    arguments += ["--image-size", "8", "--batch", "2", "--choices", "0,2,8"]
+    code, out, _ = _in_process([*arguments, "--json"], monkeypatch, capsys)
+    assert code == 0
+    assert json.loads(out) == json.loads(path.read_text())
+    model = DynamicResNet(8, choices=(0, 2, 8))
+    cost = Latency(model, (8, 8), LatencyTable.load(path))
+    assert cost.full > 0
+    code, out, _ = _in_process(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert "Milliseconds per image, batches of 2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet9"], "model depth must be"),
+        (["--choices", "0,8,10"], "the choices (10,) only simulate"),
+        (["--choices", "all"], "--choices must be widths"),
+        (["--batch", "0"], "batch must be positive"),
+        (["--gate", "oracle"], "gate must be one of"),
+        (["--image-size", "0"], "image_size must be positive"),
+    ],
+)
+def test_bench_names_what_is_wrong_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "table.json"
+    code, _, err = _in_process(
+        ["bench", "--latency-table", str(path), "--model", "resnet8", *arguments],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not path.exists()
