@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfs.engine.graph import EngineGraph, GateNode
 from dfs.models import DynamicResNet
+from dfs.nn.block import ResidualBlock
 from dfs.nn.folded import FoldedConv
 from dfs.nn.gates import ConstantGate, FeedForwardGate, RNNGate
+from dfs.nn.stream import StreamQuantizer
 from dfs_kernels import PackedConvWeight
 from dfs_kernels.widths import default_levels
 
@@ -35,13 +37,14 @@ def freeze_network(
         (int(image_size[0]), int(image_size[1])),
         model.choices,
         model.ungated_bits,
-        "uint8" if model.streams[0].enabled else "float32",
+        model.semantics.stream,
         _gate_node(model),
         tuple((bits, default_levels(bits)) for bits in widths),
     )
     tensors: dict[str, Tensor] = {}
     folded = {"stem": FoldedConv(model.stem, model.bn_stem)}
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, ResidualBlock)
         for name, conv in block.folded().items():
             folded[f"blocks.{i}.{name}"] = conv
     for layer in graph.layers():
@@ -50,6 +53,7 @@ def freeze_network(
         tensors.update(_layer_tensors(layer.name, folded[layer.name]))
     tensors.update(_classifier_tensors(model))
     for i, stream in enumerate(model.streams):
+        assert isinstance(stream, StreamQuantizer)
         tensors[f"streams.{i}.scale"] = stream.scale().detach().reshape(1)
     tensors.update(_gate_tensors(model))
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -115,11 +119,13 @@ def _gate_tensors(model: DynamicResNet) -> dict[str, Tensor]:
             tensors[f"gates.{i}.logits"] = gate.logits[i]
             continue
         assert isinstance(gate, (RNNGate, FeedForwardGate))
-        tensors[f"gates.{i}.embed_weight"] = gate.embed[i].weight
-        tensors[f"gates.{i}.embed_bias"] = gate.embed[i].bias
+        maps = {"embed": gate.embed[i]}
         if isinstance(gate, FeedForwardGate):
-            tensors[f"gates.{i}.proj_weight"] = gate.proj[i].weight
-            tensors[f"gates.{i}.proj_bias"] = gate.proj[i].bias
+            maps["proj"] = gate.proj[i]
+        for name, linear in maps.items():
+            assert isinstance(linear, nn.Linear)
+            tensors[f"gates.{i}.{name}_weight"] = linear.weight
+            tensors[f"gates.{i}.{name}_bias"] = linear.bias
     if isinstance(gate, RNNGate):
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             tensors[f"gate.{name}"] = getattr(gate.cell, name)
