@@ -166,8 +166,9 @@ void rnn_gate(const RnnGateArgs& args, int threads) {
   const KernelTable& table = kernels();
   const int64_t values = map.channels * map.height * map.width;
   const double cost = static_cast<double>(values) * kNanosecondsPerValue + kStepNanoseconds;
-  parallel_for_scratch(args.batch, cost, threads, gate_scratch_bytes(args),
-                       [&](int64_t sample, void* memory) { gate_step(args, sample, table, memory); });
+  parallel_for_scratch(
+      args.batch, cost, threads, gate_scratch_bytes(args),
+      [&](int64_t sample, void* memory) { gate_step(args, sample, table, memory); });
 }
 
 }  // namespace dfs

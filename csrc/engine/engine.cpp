@@ -251,8 +251,7 @@ void Engine::plan() {
         reject("network: a shortcut gives another size than its block");
       }
       plan_layer(shortcut, input, false, nullptr, float_map(nullptr, channels, height, width));
-      shortcut_values_ =
-          std::max(shortcut_values_, static_cast<size_t>(channels * height * width));
+      shortcut_values_ = std::max(shortcut_values_, static_cast<size_t>(channels * height * width));
     }
     block.channels = channels;
     block.height = height;
@@ -333,7 +332,8 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   image.values += sample * image.stride_n;
   space.map = stream_map(stem_stream_, space.streams[0].data(), stem_.geometry().out_channels,
                          stem_height_, stem_width_);
-  run_layer(stem_, {stem_.widths().bits[0], image, false, nullptr, true, space.map}, space, threads);
+  run_layer(stem_, {stem_.widths().bits[0], image, false, nullptr, true, space.map}, space,
+            threads);
   if (pool_size_ > 0) pool_stem(space);
   lap(times, 0);
   for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -397,8 +397,8 @@ void Engine::run_block(const Block& block, int32_t bits, Workspace& space, int t
   if (bits == 0) {
     run_layer(last, {0, input, true, &residual, true, output}, space, threads);
     if (!is_packed(output)) {
-      // A skipped sample gets no activation, but what the next block reads is never negative. (Codes
-      // with zero point 0 can hold nothing else.)
+      // A skipped sample gets no activation, but what the next block reads is never negative.
+      // (Codes with zero point 0 can hold nothing else.)
       float* values = output.values;
       const int64_t count = output.channels * output.height * output.width;
       for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= 0.0f ? 0.0f : values[i];

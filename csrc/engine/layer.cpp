@@ -75,7 +75,8 @@ double Layer::nanoseconds(int32_t bits, int64_t out_pixels) const {
   const int index = index_of(kWidths, bits);
   if (index < 0) return 0.0;
   const ConvGeometry& g = geometry_;
-  const int64_t macs = out_pixels * g.out_channels * (g.in_channels / g.groups) * g.kernel_h * g.kernel_w;
+  const int64_t macs =
+      out_pixels * g.out_channels * (g.in_channels / g.groups) * g.kernel_h * g.kernel_w;
   return static_cast<double>(macs) * table_->nanoseconds_per_mac[index];
 }
 

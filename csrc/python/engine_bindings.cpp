@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../engine/engine.h"
+#include "engine.h"
 
 namespace py = pybind11;
 
@@ -82,9 +82,7 @@ void bind_network(py::module_& module) {
       .def(py::init(&make_layer), "geometry"_a, "widths"_a, "codes"_a, "centred"_a,
            "weight_scale"_a, "input_scale"_a, "input_zero_point"_a, "bias"_a, "mul"_a, "add"_a);
   py::class_<dfs::StreamSpec>(module, "StreamSpec")
-      .def(py::init([](bool is_packed, float scale) {
-             return dfs::StreamSpec{is_packed, scale};
-           }),
+      .def(py::init([](bool is_packed, float scale) { return dfs::StreamSpec{is_packed, scale}; }),
            "is_packed"_a, "scale"_a);
   py::class_<dfs::BlockSpec>(module, "BlockSpec")
       .def(py::init([](const std::vector<dfs::LayerSpec>& layers,
