@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
 from dfs.engine.file import load_graph, save_graph
 from dfs.engine.freeze import freeze_network
 from dfs.engine.graph import EngineGraph
-from dfs.engine.native import NativeExecutor
+from dfs.engine.native import EngineRun, NativeExecutor
 from dfs.models import DynamicResNet
 
 Policy = int | Tensor | None
+# Where the budget curve travels in a file.
+_BUDGET = "budget"
 
 
 class EngineOutput(NamedTuple):
@@ -61,6 +64,9 @@ class Engine:
         self.extra = dict(extra or {})
         self._tensors = tensors
         self._executor = NativeExecutor(graph, tensors)
+        stored = self.extra.get(_BUDGET)
+        self.budget_curve = None if stored is None else BudgetCurve.from_json(stored)
+        self._choice_bias: Tensor | None = None
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -90,17 +96,66 @@ class Engine:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        found = self._executor.run(*self._arguments(images, policy), None)
-        share = found.bits.double() / 32
-        return EngineOutput(found.logits, found.bits, share.square().mean(1))
+        arguments = self._arguments(images, policy)
+        return _output(self._executor.run(*arguments, self._choice_bias))
+
+    def set_budget(self, cost: float | None) -> None:
+        """Move the mean cost of the decisions; None goes back to those that were trained.
+
+        Args:
+            cost: mean over images and gated blocks of (bits/32)^2, as it was on the images of
+                :meth:`calibrate_budget`.
+
+        Raises:
+            ValueError: the engine was not calibrated, or the cost can't be attained.
+        """
+        if cost is None:
+            self._choice_bias = None
+            return
+        if self.budget_curve is None:
+            raise ValueError("the engine has no budget curve; call calibrate_budget(images) first")
+        self._choice_bias = self._tilted(self.budget_curve.tilt_for(cost))
+
+    def calibrate_budget(
+        self, images: Tensor, labels: Tensor | None = None, points: int = 9
+    ) -> BudgetCurve:
+        """Measure what budgets can be set, and keep it for :meth:`set_budget` and :meth:`save`.
+
+        Args:
+            images: some hundreds that the network was not trained on.
+            labels: integers (N,), for the accuracy at each budget.
+            points: how many settings to keep, at least two.
+
+        Raises:
+            ValueError: naming the argument; or the gates' biases change nothing.
+        """
+        checked, _ = self._arguments(images, None)
+        if len(checked) == 0:
+            raise ValueError("images must not be empty")
+        if labels is not None and tuple(labels.shape) != (len(checked),):
+            raise ValueError(f"labels must be ({len(checked)},), got {tuple(labels.shape)}")
+        if points < 2:
+            raise ValueError(f"points must be at least 2, got {points}")
+
+        def run(tilt: float, some: Tensor) -> tuple[Tensor, Tensor]:
+            found = _output(self._executor.run(some, None, self._tilted(tilt)))
+            return found.logits, found.cost
+
+        self.budget_curve = measure_curve(run, checked, labels, points)
+        self.extra[_BUDGET] = self.budget_curve.to_json()
+        return self.budget_curve
+
+    def _tilted(self, tilt: float) -> Tensor:
+        return tilted_bias(self._tensors["gate.choice_bias"], self.choices, tilt)
 
     def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
         """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
         if rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
         arguments = self._arguments(images, policy)
-        self._executor.run(*arguments, None)
-        runs = [self._executor.run(*arguments, None, timed=True) for _ in range(rounds)]
+        bias = self._choice_bias
+        self._executor.run(*arguments, bias)
+        runs = [self._executor.run(*arguments, bias, timed=True) for _ in range(rounds)]
         blocks = torch.stack([_known(r.block_times) for r in runs]).median(0).values / 1e6
         gates = torch.stack([_known(r.gate_times) for r in runs]).median(0).values / 1e6
         total = float(blocks.sum() + gates.sum())
@@ -151,6 +206,11 @@ class Engine:
         return policy.to("cpu", torch.int32).contiguous()
 
 
+def _output(found: EngineRun) -> EngineOutput:
+    share = found.bits.double() / 32
+    return EngineOutput(found.logits, found.bits, share.square().mean(1))
+
+
 def _known(times: Tensor | None) -> Tensor:
     assert times is not None
     return times
@@ -180,4 +240,8 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
         FileNotFoundError: there is no such file.
         ValueError: it is no engine file, of another version, or damaged.
     """
-    return Engine(*load_graph(path))
+    graph, tensors, extra = load_graph(path)
+    try:
+        return Engine(graph, tensors, extra)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not a usable engine: {error}") from None
