@@ -87,6 +87,8 @@ class BitOps(Cost):
 class Latency(Cost):
     """Milliseconds per image, looked up in a table that was measured on a machine.
 
+    The full-precision network has its shortcuts at the width at which they are deployed.
+
     Args:
         image_size: (H, W) of the images.
 

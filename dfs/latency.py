@@ -114,7 +114,7 @@ class LatencyTable:
             for name, make in _parts(model, image_size, batch).items():
                 if progress is not None:
                     progress(name)
-                for bits, seconds in _time_in_turns(make(), rounds).items():
+                for bits, seconds in time_in_turns(make(), rounds).items():
                     entries[name, bits] = seconds * 1e3 / batch
             used = torch.get_num_threads()
         return LatencyTable(entries, model.semantics.stream, batch, used, describe_machine())
@@ -238,17 +238,19 @@ def _shortcut_width(model: DynamicResNet, block: BlockShape) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
+class TimedPart:
     """Something to time: what it is given, and its work at each width."""
 
     source: Stream
     work: Mapping[int, Callable[[Stream], object]]
 
 
-def _parts(model: DynamicResNet, image_size: Size, batch: int) -> dict[str, Callable[[], _Part]]:
+def _parts(
+    model: DynamicResNet, image_size: Size, batch: int
+) -> dict[str, Callable[[], TimedPart]]:
     """Every different part of a network by name, each made when it is its turn."""
     names, shape = _Names(model, image_size), model.architecture
-    made: dict[str, Callable[[], _Part]] = {
+    made: dict[str, Callable[[], TimedPart]] = {
         names.stem: partial(_stem_part, model, image_size, batch),
         names.head: partial(_head_part, model, names.last_size, batch),
     }
@@ -260,7 +262,7 @@ def _parts(model: DynamicResNet, image_size: Size, batch: int) -> dict[str, Call
     return made
 
 
-def _stem_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
+def _stem_part(model: DynamicResNet, size: Size, batch: int) -> TimedPart:
     shape, semantics = model.architecture, model.semantics
     conv = make_conv(shape.stem, _UNGATED_WIDTHS, semantics, input_signed=True)
     norm = make_norm(shape.stem.out_channels, _UNGATED_WIDTHS, semantics, shape.norm_eps)
@@ -270,10 +272,10 @@ def _stem_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
         return run_packed_stem(folded, x, bits, stream, shape.pool)
 
     images = torch.randn(batch, shape.in_channels, *size)
-    return _Part(images, {b: partial(run, b) for b in _UNGATED_WIDTHS})
+    return TimedPart(images, {b: partial(run, b) for b in _UNGATED_WIDTHS})
 
 
-def _block_part(model: DynamicResNet, shape: BlockShape, size: Size, batch: int) -> _Part:
+def _block_part(model: DynamicResNet, shape: BlockShape, size: Size, batch: int) -> TimedPart:
     block = ResidualBlock(shape, KERNEL_WIDTHS, _new_stream(model), model.semantics).eval()
 
     def run(bits: Tensor, x: Stream) -> Stream:
@@ -281,10 +283,10 @@ def _block_part(model: DynamicResNet, shape: BlockShape, size: Size, batch: int)
 
     widths = {b: torch.full((batch,), b, dtype=torch.int32) for b in (0, *KERNEL_WIDTHS)}
     source = _new_source(model, shape.in_channels, size, batch)
-    return _Part(source, {b: partial(run, bits) for b, bits in widths.items()})
+    return TimedPart(source, {b: partial(run, bits) for b, bits in widths.items()})
 
 
-def _head_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
+def _head_part(model: DynamicResNet, size: Size, batch: int) -> TimedPart:
     shape = ConvShape(model.architecture.out_channels, model.num_classes, 1)
     conv = make_conv(shape, _UNGATED_WIDTHS, model.semantics, input_signed=False, bias=True).eval()
 
@@ -292,17 +294,19 @@ def _head_part(model: DynamicResNet, size: Size, batch: int) -> _Part:
         return conv(pooled_mean(x).float()[:, :, None, None], bits)
 
     source = _new_source(model, shape.in_channels, size, batch)
-    return _Part(source, {b: partial(run, b) for b in _UNGATED_WIDTHS})
+    return TimedPart(source, {b: partial(run, b) for b in _UNGATED_WIDTHS})
 
 
-def _gate_part(model: DynamicResNet, index: int, channels: int, size: Size, batch: int) -> _Part:
+def _gate_part(
+    model: DynamicResNet, index: int, channels: int, size: Size, batch: int
+) -> TimedPart:
     source = _new_source(model, channels, size, batch)
     state = model.gate.run(index, source, None).state
 
     def run(x: Stream) -> object:
         return model.gate.run(index, x, state)
 
-    return _Part(source, {_NO_WIDTH: run})
+    return TimedPart(source, {_NO_WIDTH: run})
 
 
 def _new_stream(model: DynamicResNet) -> StreamQuantizer:
@@ -316,7 +320,7 @@ def _new_source(model: DynamicResNet, channels: int, size: Size, batch: int) -> 
     return quantize_pack(values, STREAM_BITS, {STREAM_BITS: 1 / 255})
 
 
-def _time_in_turns(part: _Part, rounds: int) -> dict[int, float]:
+def time_in_turns(part: TimedPart, rounds: int) -> dict[int, float]:
     """Median seconds of each width's work, the widths taking turns."""
     seconds: dict[int, list[float]] = {bits: [] for bits in part.work}
     for round_index in range(rounds + 1):

@@ -279,11 +279,15 @@ class DynamicResNet(nn.Module):
         if self._simulates():
             stem = torch.relu(self.bn_stem(self.stem(x, bits), bits))
             return block(self._stream(0)(self.pool(stem)), bits)
+        pool = self.architecture.pool
+        written = run_packed_stem(self.folded_stem(), x, bits, self._stream(0), pool)
+        return block.run_packed(written, bits)
+
+    def folded_stem(self) -> FoldedConv:
+        """The stem with its BatchNorm, packed: made once and kept until :meth:`repack`."""
         if self._folded is None:
             self._folded = FoldedConv(self.stem, self.bn_stem)
-        pool = self.architecture.pool
-        written = run_packed_stem(self._folded, x, bits, self._stream(0), pool)
-        return block.run_packed(written, bits)
+        return self._folded
 
     def features(self, stream: Stream) -> Tensor:
         """What the gate sees of a stream, float64 (N, F)."""

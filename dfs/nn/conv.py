@@ -122,7 +122,7 @@ class DFSConv2d(nn.Conv2d):
             return super().forward(x)
         if isinstance(self.quantizer, PaperMinMax):
             return self._simulate(x, bits)
-        if self.training:
+        if self.training and self.quantizer.training:
             self.quantizer.observe(x)
         padding: Sequence[int] = self._reversed_padding_repeated_twice
         if self.padding_mode != "zeros":
@@ -158,7 +158,7 @@ class DFSConv2d(nn.Conv2d):
         widths = widths_of(bits, x.shape[0], x.device)
         options = (*self.bit_options, 32)
         check_bits(widths, options)
-        x = x.float()
+        x = x.to(self.weight.dtype)
         empty = super().forward(x[:0])
         result = empty.new_zeros(x.shape[0], *empty.shape[1:])
         for width in options:

@@ -231,14 +231,26 @@ class PaperMinMax(Quantizer):
     def quantize_input(self, x: Tensor, bits: int) -> Tensor:
         """(N, C, H, W) at ``bits`` bits; in training it moves the running range."""
         if self.training:
-            rows = x.detach().flatten(1)
-            low, high = rows.amin(1).mean(), rows.amax(1).mean()
-            for running, seen in ((self.running_min, low), (self.running_max, high)):
-                running.mul_(self.momentum).add_(seen * (1 - self.momentum))
+            low, high = self._range_of(x)
+            self._move(low, high)
         else:
             low, high = self.running_min[0], self.running_max[0]
         noise = torch.rand_like(x) - 0.5 if self.stochastic else None
         return affine_fake_quantize(x, low, high, bits, noise)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        if x.numel():
+            self._move(*self._range_of(x))
+
+    @staticmethod
+    def _range_of(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.detach().flatten(1)
+        return rows.amin(1).mean(), rows.amax(1).mean()
+
+    def _move(self, low: Tensor, high: Tensor) -> None:
+        for running, seen in ((self.running_min, low), (self.running_max, high)):
+            running.mul_(self.momentum).add_(seen * (1 - self.momentum))
 
     def quantize_weight(self, weight: Tensor, bits: int) -> Tensor:
         """(O, C/groups, KH, KW) at ``bits`` bits."""

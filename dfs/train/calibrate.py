@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dfs.cost import Cost
+from dfs.data import Images
 from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
-from dfs.nn.quantizers import LSQ
+from dfs.nn.quantizers import LSQ, Quantizer
 from dfs.nn.stream import STREAM_BITS
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
@@ -64,7 +65,10 @@ def best_weight_steps(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed: int) -> None:
-    """Set every step by least squared error, from the full-precision network's activations."""
+    """Set every step by least squared error, from the full-precision network's activations.
+
+    Quantizers without learned steps observe their ranges instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -74,7 +78,10 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         seen.setdefault(key, []).append(flat[picked])
 
     def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, DFSConv2d)
         sample(module, args[0])
+        if not isinstance(module.quantizer, LSQ):
+            module.quantizer.observe(args[0])
 
     def watch_block(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, ResidualBlock)
@@ -147,18 +154,17 @@ def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: 
         images: float (N, C, H, W), normalized as in training.
         seed: decides which activations are looked at.
     """
-    expected = ("N", model.in_channels, "H", "W")
     if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
-        raise ValueError(f"images must be {expected} with N >= 2, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (N, {model.in_channels}, H, W) with N >= 2, got {tuple(images.shape)}"
+        )
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     was_training = model.training
     calibrate_steps(model, images, batch_size, seed)
     batches = list(images.split(batch_size))
-    # Quantizers without learned steps observe their ranges in these passes.
-    observes = model.semantics.quantizer != "lsq"
     for width in model.choices:
-        if 0 < width < _KEPT_FROM or (width and observes):
+        if 0 < width < _KEPT_FROM:
             reestimate_batchnorm(model, batches, width, keep_from=_KEPT_FROM)
     model.train(was_training)
 
@@ -185,7 +191,7 @@ def reestimate_batchnorm(
     batches: Sequence[Tensor],
     policy: Policy = None,
     min_samples: int = 256,
-    keep_from: int = 33,
+    keep_from: int | None = None,
 ) -> list[KeptStatistics]:
     """Estimate BatchNorm statistics again, block by block, each from what it will really see.
 
@@ -201,7 +207,7 @@ def reestimate_batchnorm(
     was_training = model.training
     model.train()
     for module in model.modules():
-        if isinstance(module, PerWidthBatchNorm2d):
+        if isinstance(module, (PerWidthBatchNorm2d, Quantizer)):
             module.eval()
     kept: list[KeptStatistics] = []
     ungated = model.ungated_bits
@@ -230,7 +236,7 @@ def _through_block(
     streams: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
-    keep_from: int,
+    keep_from: int | None,
     kept: list[KeptStatistics],
 ) -> list[Tensor]:
     block = model.blocks[index]
@@ -256,12 +262,12 @@ def _set_statistics(
     outputs: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
-    keep_from: int,
+    keep_from: int | None,
 ) -> dict[int, int]:
     """Set what has enough samples; returns the sample count of every width below ``keep_from``."""
     counts = {}
     for i, widths in enumerate(norm.entries):
-        if widths[-1] >= keep_from:
+        if keep_from is not None and widths[-1] >= keep_from:
             continue
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
@@ -290,7 +296,7 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
 
 @torch.no_grad()
 def calibrate_gate_bias(
-    model: DynamicResNet, images: Tensor, cost: Cost, target: float, batch_size: int
+    model: DynamicResNet, images: Images, cost: Cost, target: float, batch_size: int
 ) -> float:
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
@@ -309,8 +315,8 @@ def calibrate_gate_bias(
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)
         total = 0.0
-        for start in range(0, len(images), batch_size):
-            out = model.run(images[start : start + batch_size])
+        for batch in images.batches(batch_size):
+            out = model.run(batch.images)
             total += float(cost(out.mask).double().sum())
         return total / len(images)
 

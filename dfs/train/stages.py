@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs.data import ImageSet
-from dfs.data.dataset import training_batch
+from dfs.data import Images, ImageSet, training_batch
 from dfs.models import DynamicResNet
 from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer
 from dfs.train.calibrate import (
@@ -289,7 +288,7 @@ class CalibrateStage(Stage):
     def take(self, step: int) -> dict[str, float]:
         config, model = self.config, self.model
         model.load_plain(self.trainer.plain)
-        images = self.data.train.images[: config.calibration_images]
+        images = self.data.train.first(config.calibration_images)
         calibrate_steps(model, images, config.batch_size, config.seed)
         estimate_every_width(model, list(images.split(config.batch_size)))
         return {}
@@ -358,7 +357,7 @@ class GateStage(Stage):
 
     @staticmethod
     def prepare(trainer: Trainer) -> None:
-        images = trainer.data.gate.images[: trainer.config.calibration_images]
+        images = trainer.data.gate.first(trainer.config.calibration_images)
         standardise_gates(trainer.model, images)
         # Where the joint stage's target starts, too.
         trainer.model.gate.favour_cost(2 * trainer.config.target, trainer.cost.of_choices())
@@ -480,11 +479,11 @@ def tune_gate_bias(stage: Stage) -> float:
     """Tilt the gate to the target on the validation images."""
     config = stage.config
     return calibrate_gate_bias(
-        stage.model, stage.data.val.images, stage.trainer.cost, config.target, config.batch_size
+        stage.model, stage.data.val, stage.trainer.cost, config.target, config.batch_size
     )
 
 
-def width_accuracies(model: DynamicResNet, images: ImageSet) -> dict[str, float]:
+def width_accuracies(model: DynamicResNet, images: Images) -> dict[str, float]:
     """Validation accuracy with every gated block at one width."""
     return {
         f"val_accuracy_{width}": accuracy(model, images, width) for width in model.choices if width

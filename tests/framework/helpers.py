@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
+from dfs.cli import main
 from dfs.data import DataSplits, ImageSet
 from dfs.models import Architecture, DynamicResNet
 from dfs.models.architecture import basic_block
@@ -61,6 +65,19 @@ def settle(model: DynamicResNet) -> DynamicResNet:
             # Or the first forward in training mode would set the input steps anew.
             module.initialised.fill_(True)
     return model.eval()
+
+
+def run_dfs(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """The command in this process: its exit code, what it printed, and its errors."""
+    monkeypatch.setattr(sys, "argv", ["dfs", *arguments])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, printed.out, printed.err
 
 
 def small_bottlenecks(groups: int = 1) -> Architecture:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,21 @@ def test_calibration_matters(trained: nn.Module) -> None:
         dfs.calibrate(dynamic, data.train.images, batch_size=32)
         after = (dynamic(data.test.images, 8) - expected).square().mean()
     assert after < 0.2 * before
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantizer": "minmax"}, {**dfs.PAPER, "choices": (0, 8, 10, 32)}]
+)
+def test_quantizers_without_steps_observe_their_ranges(
+    trained: nn.Module, options: dict[str, Any]
+) -> None:
+    data = tiny_data(16)
+    dynamic = dfs.make_dynamic(trained, **options)
+    dfs.calibrate(dynamic, data.train.images, batch_size=32)
+    with torch.no_grad():
+        expected = trained(data.test.images)
+        error = (dynamic(data.test.images, 8) - expected).square().mean().sqrt()
+    assert error < 0.1 * expected.std()
 
 
 def test_calibration_needs_images_that_fit() -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfs.cost import BitOps, PaperCost, make_cost
-from dfs.latency import LatencyTable, part_names
+from dfs.latency import LatencyTable, TimedPart, part_names, time_in_turns
 from dfs.models import DynamicResNet, PlainResNet
+from dfs.nn.folded import Stream
 from tests.framework.helpers import small_bottlenecks
 
 
@@ -191,13 +193,25 @@ def test_a_measured_table_prices_the_network_that_it_measured(stream: str) -> No
     assert make_cost("latency", other, (24, 24), table).table.shape == (2, 3)
 
 
-def test_a_block_that_does_nothing_takes_less_time() -> None:
-    model = DynamicResNet(8).eval()
-    table = LatencyTable.measure(model, (32, 32), batch=16, rounds=3)
-    identity = next(
-        n for n in part_names(model, (32, 32)) if n.startswith("block 16x32x32: 3x3 16>16")
-    )
-    assert table.entries[identity, 0] < 0.5 * table.entries[identity, 8]
+def test_widths_take_turns_on_fresh_copies_and_the_median_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("dfs.latency.time.perf_counter", lambda: clock)
+    source, order = torch.zeros(3), list[int]()
+
+    def work(bits: int, x: Stream) -> None:
+        nonlocal clock
+        assert isinstance(x, Tensor)
+        assert not x.any()
+        x.fill_(1)
+        order.append(bits)
+        # The first round warms up, and one of the others is disturbed.
+        clock += {1: 99, 3: 50}.get(order.count(bits), bits)
+
+    part = TimedPart(source, {b: partial(work, b) for b in (2, 8)})
+    assert time_in_turns(part, rounds=3) == {2: 2, 8: 8}
+    assert order == [2, 8] * 4
 
 
 def test_only_deployable_networks_are_measured() -> None:
