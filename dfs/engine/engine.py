@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfs.cost import BitOps, Cost, PaperCost
+from dfs.data import Preprocessing
 from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
 from dfs.engine.file import load_graph, save_graph
 from dfs.engine.freeze import freeze_network
@@ -17,8 +19,8 @@ from dfs.engine.native import EngineRun, NativeExecutor
 from dfs.models import DynamicResNet
 
 Policy = int | Tensor | None
-# Where the budget curve travels in a file.
-_BUDGET = "budget"
+# What travels along in a file, by name.
+_BUDGET, _PREPROCESSING, _COSTS = "budget", "preprocessing", "costs"
 
 
 class EngineOutput(NamedTuple):
@@ -53,6 +55,12 @@ class BlockTime(NamedTuple):
 class Engine:
     """A frozen network; make one with :func:`freeze` or :func:`load_engine`.
 
+    Attributes:
+        graph: what it consists of.
+        preprocessing: how pictures become its input, or None if nobody said.
+        costs: "paper" and "bitops", see :mod:`dfs.cost`.
+        budget_curve: what :meth:`set_budget` can set, or None.
+
     Calls may come from several threads at once. A sample's result does not depend on what else is
     in its batch, nor on the number of threads (:func:`torch.get_num_threads`).
     """
@@ -62,6 +70,13 @@ class Engine:
     ) -> None:
         self.graph = graph
         self.extra = dict(extra or {})
+        described = self.extra.get(_PREPROCESSING)
+        self.preprocessing = None if described is None else Preprocessing.from_dict(described)
+        _check_fits(self.preprocessing, graph)
+        self.costs = {
+            name: Cost.from_dict(values, graph.gated_blocks, len(graph.choices))
+            for name, values in dict(self.extra.get(_COSTS, {})).items()
+        }
         self._tensors = tensors
         self._executor = NativeExecutor(graph, tensors)
         stored = self.extra.get(_BUDGET)
@@ -89,7 +104,8 @@ class Engine:
         """Classify images.
 
         Args:
-            images: float32 (N, C, H, W), contiguous or channels_last, on the CPU.
+            images: float32 (N, C, H, W), contiguous or channels_last, on the CPU; or uint8 pixels
+                of that shape, which are normalized as the network's training images were.
             policy: None asks the gates; an int out of the choices runs every gated block at that
                 width; an integer tensor (N, gated blocks) gives every decision.
 
@@ -176,12 +192,18 @@ class Engine:
         shape = (self.graph.architecture.in_channels, *self.graph.image_size)
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-        if images.dtype != torch.float32:
-            raise TypeError(f"images must be float32, got {images.dtype}")
+        if images.dtype not in (torch.float32, torch.uint8):
+            raise TypeError(f"images must be float32 or uint8, got {images.dtype}")
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
         if images.device.type != "cpu":
             raise ValueError(f"images must be on the CPU, got {images.device}")
+        if images.dtype == torch.uint8:
+            if self.preprocessing is None:
+                raise ValueError(
+                    "images are uint8, but the engine was frozen without a preprocessing"
+                )
+            images = self.preprocessing.normalize(images)
         return images.detach(), self._policy(policy, images.shape[0])
 
     def _policy(self, policy: Policy, batch: int) -> Tensor | None:
@@ -206,6 +228,19 @@ class Engine:
         return policy.to("cpu", torch.int32).contiguous()
 
 
+def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None:
+    if preprocessing is None:
+        return
+    size, shape = (preprocessing.size, preprocessing.size), graph.architecture
+    for name, got, expected in (
+        ("size", size, graph.image_size),
+        ("channels", preprocessing.channels, shape.in_channels),
+        ("classes", preprocessing.classes, shape.num_classes),
+    ):
+        if got != expected:
+            raise ValueError(f"preprocessing is for {name} {got}, the network for {expected}")
+
+
 def _output(found: EngineRun) -> EngineOutput:
     share = found.bits.double() / 32
     return EngineOutput(found.logits, found.bits, share.square().mean(1))
@@ -216,12 +251,17 @@ def _known(times: Tensor | None) -> Tensor:
     return times
 
 
-def freeze(model: DynamicResNet, image_size: Sequence[int] = (32, 32)) -> Engine:
+def freeze(
+    model: DynamicResNet,
+    image_size: Sequence[int] = (32, 32),
+    preprocessing: Preprocessing | None = None,
+) -> Engine:
     """A trained network as one that only runs: BatchNorm folded per width, weights packed.
 
     Args:
         model: in evaluation mode; it is copied and not changed.
         image_size: (H, W) of the images it will be given.
+        preprocessing: how pictures become its input; travels along, and lets it take pixels.
 
     Raises:
         ValueError: naming what can't be frozen.
@@ -230,7 +270,14 @@ def freeze(model: DynamicResNet, image_size: Sequence[int] = (32, 32)) -> Engine
         raise TypeError(f"model must be a DynamicResNet, got {type(model).__name__}")
     if len(image_size) != 2:
         raise ValueError(f"image_size must be (H, W), got {tuple(image_size)}")
-    return Engine(*freeze_network(model, (int(image_size[0]), int(image_size[1]))))
+    size = (int(image_size[0]), int(image_size[1]))
+    graph, tensors = freeze_network(model, size)
+    extra: dict[str, Any] = {
+        _COSTS: {cost.name: cost.to_dict() for cost in (PaperCost(model), BitOps(model, size))}
+    }
+    if preprocessing is not None:
+        extra[_PREPROCESSING] = preprocessing.to_dict()
+    return Engine(graph, tensors, extra)
 
 
 def load_engine(path: str | os.PathLike[str]) -> Engine:
@@ -243,5 +290,5 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
     graph, tensors, extra = load_graph(path)
     try:
         return Engine(graph, tensors, extra)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} is not a usable engine: {error}") from None
