@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The Triton kernels are tested on CPU tensors. Triton looks at it when they are defined.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+from bench.gpu.device import is_rehearsal, lost_reason, machine, missing_reason
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -22,6 +21,42 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("dfs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton looks at it when a kernel is defined, so a run compiles all kernels or interprets all,
+    # on CPU tensors: tests that need a GPU have a run of their own, ``pytest -m gpu``.
+    if is_rehearsal() or config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = missing_reason()
+    if reason is None and not is_rehearsal() and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "Triton's kernels are interpreted in this run: pytest -m gpu runs these"
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests marked gpu: full float32, and an end of the run where the GPU is lost."""
+    if request.node.get_closest_marker("gpu") is None or is_rehearsal():
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    reason = lost_reason()
+    if reason is not None:
+        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {reason}", returncode=1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """For tests marked gpu: the GPU, or a CPU in a rehearsal."""
+    return machine().device
 
 
 @pytest.fixture(autouse=True)

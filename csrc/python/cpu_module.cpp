@@ -12,6 +12,7 @@
 
 #include "dfs/types.h"
 #include "dispatch.h"
+#include "engine_bindings.h"
 #include "operations.h"
 #include "thread_pool.h"
 
@@ -458,4 +459,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_mixed_conv2d_backward(module);
   bind_rnn_gate(module);
   bind_operations(module);
+  bind_engine(module);
 }
