@@ -23,6 +23,8 @@ _CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
 _SAMPLED_VALUES = 1 << 15
 # Without training, BatchNorm statistics are kept from this width on.
 _KEPT_FROM = 8
+# Choices up to so many times as dear as the target are what a gate is tilted among.
+_NEAR = 4
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
@@ -295,15 +297,36 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
         stream = model.step(index, stream, drawn)
 
 
-def cost_direction(cost: Cost) -> Tensor:
-    """How much each choice's logit moves when the gate is tilted, float64 (choices,), 0 to 1.
+class CostTilt:
+    """Biases of the choices' logits that move what gates spend, by one number.
 
-    In proportion to the cost, as in minimizing loss + weight * cost: a skip, which saves next to
-    nothing over 2 bits, is hardly made likelier by what brings down 8 bits.
+    A positive tilt takes from every choice in proportion to its cost, as in minimizing loss +
+    weight * cost: a skip, which saves next to nothing over 2 bits, is hardly made likelier by what
+    brings down 8 bits. A negative one adds by the root of the cost, which is the bits, so that
+    skips become 2 bits before everything becomes the dearest; what costs far more than the target
+    gains no more than the choices near it.
+
+    Args:
+        target: the cost that decides what is near: up to ``_NEAR`` times as dear throughout.
     """
-    per_choice = cost.of_choices()
-    spread = per_choice - per_choice.min()
-    return spread / spread.max()
+
+    def __init__(self, cost: Cost, target: float) -> None:
+        per_choice = cost.of_choices()
+        above = per_choice - per_choice.min()
+        near = above * (per_choice <= _NEAR * target)
+        dearest = near.max() if bool(near.any()) else above[above > 0].min()
+        self._down = above / dearest
+        self._up = self._down.sqrt().clamp_max(1)
+        # Both directions are 1 there.
+        self._unit = int((above == dearest).nonzero()[0])
+
+    def bias(self, tilt: float) -> Tensor:
+        """The biases, float64 (choices,)."""
+        return -tilt * (self._down if tilt > 0 else self._up)
+
+    def of(self, bias: Tensor) -> float:
+        """The tilt that gave these biases."""
+        return -float(bias[self._unit])
 
 
 @torch.no_grad()
@@ -320,11 +343,11 @@ def calibrate_gate_bias(
         The mean cost reached.
     """
     model.eval()
-    spread = cost_direction(cost)
+    tilts = CostTilt(cost, target)
     constant = isinstance(model.gate, ConstantGate)
 
     def measure(tilt: float) -> float:
-        model.gate.choice_bias.copy_(-tilt * spread)
+        model.gate.choice_bias.copy_(tilts.bias(tilt))
         total = 0.0
         for batch in images.batches(batch_size):
             out = model.run(batch.images)

@@ -64,27 +64,18 @@ def evaluate_cascade(
     latency_table: LatencyTable | None = None,
 ) -> Evaluation:
     """Accuracy, costs and time; ``bits`` holds the width that gave an image's answer."""
-    model, correct, found = cascade.model, 0, []
+    model, correct, reran = cascade.model, 0, []
     for batch in images.batches(batch_size):
         out = cascade.run(batch.images)
         correct += int((out.logits.argmax(1) == batch.labels).sum())
-        found.append(out.again)
-    again = torch.cat(found)
+        reran.append(out.again)
+    again = torch.cat(reran)
     took = milliseconds_per_image(cascade.run, images, batch_size)
-    costs = {
-        cost.name: float(cascade.cost(again, cost).mean())
-        for cost in costs_of(model, images.image_size, latency_table)
-    }
+    found = costs_of(model, images.image_size, latency_table)
+    costs = {cost.name: float(cascade.cost(again, cost).mean()) for cost in found}
     bits = torch.where(again, cascade.high, cascade.low).to(torch.int32)
-    return Evaluation(
-        correct / len(images),
-        costs["paper"],
-        costs["bitops"],
-        took,
-        batch_size,
-        bits[:, None].expand(-1, model.gated_blocks),
-        costs.get("latency"),
-    )
+    answered = bits[:, None].expand(-1, model.gated_blocks)
+    return Evaluation.of(correct / len(images), costs, took, batch_size, answered)
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,18 @@ class Evaluation:
     batch_size: int
     bits: Tensor | None
     latency: float | None = None
+
+    @staticmethod
+    def of(
+        accuracy: float,
+        costs: Mapping[str, float],
+        milliseconds: float,
+        batch_size: int,
+        bits: Tensor | None,
+    ) -> Evaluation:
+        """With costs by their names; the latency may be missing."""
+        named = (costs["paper"], costs["bitops"])
+        return Evaluation(accuracy, *named, milliseconds, batch_size, bits, costs.get("latency"))
 
     @property
     def widths_used(self) -> tuple[int, ...]:
@@ -83,19 +95,12 @@ def evaluate(
     costs = {"paper": 1.0, "bitops": 1.0, "latency": 1.0}
     if isinstance(model, DynamicResNet):
         mask = torch.cat(masks).double()
-        costs = {
-            cost.name: float(cost(mask).mean())
-            for cost in costs_of(model, images.image_size, latency_table)
-        }
-    return Evaluation(
-        correct / len(images),
-        costs["paper"],
-        costs["bitops"],
-        took,
-        batch_size,
-        torch.cat(bits) if bits else None,
-        costs.get("latency") if latency_table is not None else None,
-    )
+        found = costs_of(model, images.image_size, latency_table)
+        costs = {cost.name: float(cost(mask).mean()) for cost in found}
+    if latency_table is None:
+        costs.pop("latency", None)
+    decided = torch.cat(bits) if bits else None
+    return Evaluation.of(correct / len(images), costs, took, batch_size, decided)
 
 
 def costs_of(

@@ -32,9 +32,9 @@ from dfs.data import DataSplits, Images, ImageSet, training_batch
 from dfs.models import DynamicResNet, Policy
 from dfs.nn import LSQ, ConstantGate, PerWidthBatchNorm2d, StreamQuantizer, replicas
 from dfs.train.calibrate import (
+    CostTilt,
     calibrate_gate_bias,
     calibrate_steps,
-    cost_direction,
     estimate_every_width,
     reestimate_batchnorm,
     standardise_gates,
@@ -293,7 +293,7 @@ class GateLearner:
         self.model = trainer.model
         self.cost = trainer.cost
         self.micro_batches = config.micro_batches
-        self.direction = cost_direction(self.cost)
+        self.tilts = CostTilt(self.cost, config.target)
         self.optimizer = torch.optim.Adam(self.model.gate.parameters(), lr)
         self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
 
@@ -337,7 +337,8 @@ class GateLearner:
         set_trainable(others, True)
         loss, spent, deviation = (replicas.total(measured) / replicas.count()).tolist()
         off = max(-1.0, min(1.0, spent / controller.target_at(progress) - 1))
-        model.gate.choice_bias.sub_(steering * deviation * off * self.direction)
+        bias = model.gate.choice_bias
+        bias.copy_(self.tilts.bias(self.tilts.of(bias) + steering * deviation * off))
         controller.update(spent, progress)
         return {"gate_loss": loss, "cost": spent, "lambda": controller.weight}
 

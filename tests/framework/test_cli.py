@@ -66,6 +66,15 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["predict", "a.png"], "--checkpoint"),
         (["eval", "{tmp}"], "no such checkpoint"),
         (["eval", "{tmp}", "--split", "train"], "--split"),
+        (["sweep", "--out", "{tmp}", "--methods", "dfs,magic"], "magic"),
+        (["sweep", "--out", "{tmp}", "--targets", "0.5"], "0.000% to 6.250%"),
+        (["sweep", "--out", "{tmp}", "--targets", "some"], "--targets"),
+        (["sweep", "--out", "{tmp}", "--seeds", "1,1"], "seeds"),
+        (["plot", "{tmp}"], "no such checkpoint"),
+        (["report", "{tmp}"], "no such checkpoint"),
+        (["train", "--out", "{tmp}", "--target", "0.5"], "0.000% to 6.250%"),
+        (["train", "--out", "{tmp}", "--gate", "wooden"], "gate"),
+        (["train", "--out", "{tmp}", "--latency-table", "{tmp}/none.json"], "none.json"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

@@ -87,35 +87,6 @@ def test_a_sweep_goes_on_and_leaves_tables_plots_and_a_page(
     _check_page(Path(printed.strip()), "static, 8 bits", "Accuracy over")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["sweep", "--out", "{tmp}", "--methods", "dfs,magic"], "magic"),
-        (["sweep", "--out", "{tmp}", "--targets", "0.5"], "0.000% to 6.250%"),
-        (["sweep", "--out", "{tmp}", "--targets", "some"], "--targets"),
-        (["sweep", "--out", "{tmp}", "--seeds", "1,1"], "seeds"),
-        (["plot", "{tmp}"], "no such checkpoint"),
-        (["report", "{tmp}"], "no such checkpoint"),
-        (["train", "--out", "{tmp}", "--target", "0.5"], "0.000% to 6.250%"),
-        (["train", "--out", "{tmp}", "--gate", "wooden"], "gate"),
-        (["train", "--out", "{tmp}", "--latency-table", "{tmp}/none.json"], "none.json"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(
-    arguments: list[str],
-    named: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    code, out, error = run_dfs(filled, monkeypatch, capsys)
-    assert (code, out) == (2, "")
-    assert named in error
-    assert len(error.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_time_runs_out_with_a_checkpoint_and_contradictions_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from dfs.models import DynamicResNet
 from dfs.nn import PerWidthBatchNorm2d, ResidualBlock
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.calibrate import (
+    CostTilt,
     best_input_step,
     best_weight_steps,
     calibrate_gate_bias,
@@ -323,6 +324,20 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
         measured = float(cost(model.run(images).mask).double().mean())
     assert reached == pytest.approx(measured)
     assert reached == pytest.approx(target, rel=0.05)
+
+
+def test_tilting_spares_skips_and_does_not_jump_to_full_precision() -> None:
+    model = settled_model(depth=14, choices=(0, 2, 4, 8, 32))
+    tilts = CostTilt(PaperCost(model), 0.02)
+    # 8 bits cost 6.25 %, within four times the target; 32 bits are far beyond.
+    torch.testing.assert_close(
+        tilts.bias(3.0), torch.tensor([0, -3 / 16, -3 / 4, -3, -48], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        tilts.bias(-3.0), torch.tensor([0, 0.75, 1.5, 3, 3], dtype=torch.float64)
+    )
+    for tilt in (-2.0, 0.0, 0.5):
+        assert tilts.of(tilts.bias(tilt)) == tilt
 
 
 def test_a_constant_gate_is_held_within_the_target() -> None:
