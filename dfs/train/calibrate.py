@@ -24,7 +24,7 @@ _SAMPLED_VALUES = 1 << 15
 # Without training, BatchNorm statistics are kept from this width on.
 _KEPT_FROM = 8
 # Choices up to so many times as dear as the target are what a gate is tilted among.
-_NEAR = 4
+_NEAR = 10
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:

@@ -329,7 +329,7 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
 def test_tilting_spares_skips_and_does_not_jump_to_full_precision() -> None:
     model = settled_model(depth=14, choices=(0, 2, 4, 8, 32))
     tilts = CostTilt(PaperCost(model), 0.02)
-    # 8 bits cost 6.25 %, within four times the target; 32 bits are far beyond.
+    # 8 bits cost 6.25 %, which is near; 32 bits are far beyond.
     torch.testing.assert_close(
         tilts.bias(3.0), torch.tensor([0, -3 / 16, -3 / 4, -3, -48], dtype=torch.float64)
     )
