@@ -41,7 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+def healthy_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """For tests marked gpu: full float32, and an end of the run where the GPU is lost."""
     if request.node.get_closest_marker("gpu") is None or is_rehearsal():
         yield
