@@ -31,7 +31,7 @@ from dfs.train.evaluate import Evaluation, costs_of, evaluate
 from dfs.train.network import CHECKPOINT_NAME, build_dynamic
 from dfs.train.recipes import prefix_key, shareable_stages, stages_of
 from dfs.train.stages import StageError
-from dfs.train.trainer import Trainer, load_data
+from dfs.train.trainer import Trainer, check_reach, load_data
 
 # What a sweep can compare, and what the command line calls it.
 METHODS = {
@@ -108,7 +108,7 @@ class Sweep:
         latency_table: adds latencies to the results.
 
     Raises:
-        ValueError: naming the argument that is wrong, an unattainable target among them.
+        ValueError: naming the argument that is wrong.
     """
 
     def __init__(
@@ -145,14 +145,10 @@ class Sweep:
 
     def check(self) -> None:
         """ValueError, with the range, if the dynamic networks can't cost a target."""
-        low, high = self._reach(self.base)
-        targets = {e.target for e in self.entries if e.method in ("dfs", "constant")}
-        for target in sorted(t for t in targets if t is not None):
-            if not low <= target <= high:
-                raise ValueError(
-                    f"target {target:.3%} can't be reached: choices {self.base.choices} cost "
-                    f"{low:.3%} to {high:.3%} of full precision ({self.base.cost})"
-                )
+        reach = self._reach(self.base)
+        for entry in self.entries:
+            if entry.method in ("dfs", "constant"):
+                check_reach(entry.config, *reach)
 
     def results(self) -> list[dict[str, Any]]:
         """Of the entries that are done, in order."""

@@ -84,15 +84,9 @@ class Trainer:
 
     def check_target(self) -> None:
         """ValueError, with the range, if no decisions cost the target."""
-        if self.config.recipe == "static":
-            return
-        costs = self.cost.of_choices()
-        low, high, target = float(costs.min()), float(costs.max()), self.config.target
-        if not low <= target <= high:
-            raise ValueError(
-                f"target {target:.3%} can't be reached: choices {self.config.choices} cost "
-                f"{low:.3%} to {high:.3%} of full precision ({self.config.cost})"
-            )
+        if self.config.recipe != "static":
+            costs = self.cost.of_choices()
+            check_reach(self.config, float(costs.min()), float(costs.max()))
 
     def _new_record(self, metrics_size: int = 0) -> RunRecord | None:
         if self.folder is None or replicas.rank():
@@ -285,6 +279,15 @@ def load_data(config: TrainConfig) -> DataSplits:
     folder = Path(config.data) if config.data else None
     waived = config.allow_unverified
     return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+
+
+def check_reach(config: TrainConfig, low: float, high: float) -> None:
+    """ValueError unless the target lies between what its cheapest and dearest decisions cost."""
+    if not low <= config.target <= high:
+        raise ValueError(
+            f"target {config.target:.3%} can't be reached: choices {config.choices} cost "
+            f"{low:.3%} to {high:.3%} of full precision ({config.cost})"
+        )
 
 
 def _load_teacher(config: TrainConfig, data: DataSplits) -> PlainResNet:
