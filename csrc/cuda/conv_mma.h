@@ -1,0 +1,25 @@
+// The tensor-core convolution as the rest of the host code sees it.
+#pragma once
+
+#include "conv_layout.h"
+#include "conv_params.h"
+#include "dfs/types.h"
+
+namespace dfs::cuda {
+
+// Blocks that keep an H100's 132 multiprocessors busy, two each.
+constexpr int kEnoughBlocks = 264;
+
+// Whether the tensor-core kernel has this layer at this width; the general one has all.
+bool takes_mma(const ConvGeometry& geometry, int bits, bool centred);
+
+// How its weights are laid out then.
+WeightTiles weight_tiles(const ConvGeometry& geometry, int bits);
+
+// Bytes of a pixel that are staged at a time.
+int slice_bytes(int taps, int outputs);
+
+// Serves the widths in `params.serves`; fills in what says how blocks divide the work.
+void launch_mma(ConvParams params, Stream stream);
+
+}  // namespace dfs::cuda
