@@ -70,6 +70,17 @@ inline Map to_map(const FeatureMap& map) {
   return result;
 }
 
+// Adding it to a value of at most 2^22 rounds that to an integer, halves to even, and leaves the
+// integer in the low bits: converting takes a pipe that is eight times narrower. Taken off again it
+// gives the value of an integer that was put there.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr uint32_t kRounderBits = 0x4b400000u;
+
+// An integer of at most 2^22 as a float.
+DFS_DEVICE float small_to_float(int32_t x) {
+  return add(bits_to_float(kRounderBits + static_cast<uint32_t>(x)), -kRounder);
+}
+
 // x is about (q - zero_point) * scale.
 struct Step {
   float scale = 0.0f;
@@ -78,14 +89,31 @@ struct Step {
   float high = 0.0f;
   int zero_point = 0;
 
-  DFS_DEVICE int quantize(float x) const {
+  // The code, with kRounderBits added.
+  DFS_DEVICE uint32_t quantize_raised(float x) const {
     // A NaN becomes `low`.
     const float clamped = smaller(larger(multiply(x, reciprocal), low), high);
-    return round_to_int(clamped) + zero_point;
+    return float_to_bits(add(clamped, kRounder)) + static_cast<uint32_t>(zero_point);
+  }
+  DFS_DEVICE int quantize(float x) const {
+    return static_cast<int>(quantize_raised(x) - kRounderBits);
   }
   DFS_DEVICE float dequantize(int code) const {
-    return multiply(to_float(code - zero_point), scale);
+    return multiply(small_to_float(code - zero_point), scale);
   }
+};
+
+// Codes with kRounderBits added, packed into a word: what was added is taken off the sum.
+template <int kBits>
+struct WordPacker {
+  uint32_t word = 0;
+  uint32_t excess = 0;
+
+  DFS_DEVICE void put(int i, uint32_t raised) {
+    word += raised << (i * kBits);
+    excess += kRounderBits << (i * kBits);
+  }
+  DFS_DEVICE uint32_t packed() const { return word - excess; }
 };
 
 DFS_DEVICE Step step_of(const SlotQuantizer& quantizer, int bits) {

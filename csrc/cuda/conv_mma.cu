@@ -20,7 +20,7 @@ namespace {
 
 // Shared memory of a block, each part aligned to 16 bytes.
 struct SharedLayout {
-  int scalings;  // Affine and int32 correction of each output channel
+  int scalings;  // Affine of each output channel, then its first sum
   int offsets;   // int32 of each unit: from a pixel to its bytes
   int lookup;    // uint8 of each stored code: the code at the sample's width
   int weights;
@@ -192,14 +192,31 @@ DFS_DEVICE void fill_offsets(const ConvParams& p, const WeightTiles& tiles, int 
   }
 }
 
-DFS_DEVICE void fill_scalings(const ConvParams& p, const WeightTiles& tiles, int slot,
-                              const Step& step, int first, Affine* affines, int32_t* corrections) {
-  const auto* level_sums = static_cast<const int32_t*>(p.tiles[slot]);
+// Sums are those of shifted weights.
+DFS_DEVICE int sum_shift(const ConvParams& p, const BlockTask& task) {
+  if (task.bits == 8) return 0;
+  return (task.bits == 4 ? 4 : 6) - (p.centred[task.slot] ? 1 : 0);
+}
+
+// Whether sums lie within 2^22 and so in the low bits of a float, to which they need no conversion.
+DFS_DEVICE bool has_small_sums(const WeightTiles& tiles) {
+  const int64_t products = static_cast<int64_t>(tiles.channels) * tiles.taps;
+  return products * ((1 << tiles.bits) - 1) * 128 < 1 << 22;
+}
+
+// What is known of an output channel before its products: the scaling of its sum, and where the sum
+// starts, which is what the zero point contributes, taken off, and the bits of the float, if any.
+DFS_DEVICE void fill_scalings(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles,
+                              int first, Affine* affines, uint32_t* starts) {
+  const Step step = input_step(p, task.bits);
+  const auto* level_sums = static_cast<const int32_t*>(p.tiles[task.slot]);
+  const uint32_t raise = has_small_sums(tiles) ? kRounderBits : 0u;
   for (int i = thread_index(); i < tiles.block_outputs(); i += block_threads()) {
     const int o = first + i;
-    if (o >= tiles.outputs) continue;
-    affines[i] = affine_of(p, slot, step.scale, o);
-    corrections[i] = level_sums[o] * step.zero_point;
+    affines[i] = o < tiles.outputs ? affine_of(p, task.slot, step.scale, o) : Affine{0.0f, 0.0f};
+    const uint32_t level_sum = o < tiles.outputs ? static_cast<uint32_t>(level_sums[o]) : 0u;
+    const uint32_t zeros = level_sum * static_cast<uint32_t>(step.zero_point);
+    starts[i] = raise - (zeros << sum_shift(p, task));
   }
 }
 
@@ -226,6 +243,19 @@ DFS_DEVICE void store_sums(const ConvParams& p, const Sums<kC, kR>& sums, int st
   }
 }
 
+template <int kC, int kR>
+DFS_DEVICE void start_sums(const uint32_t* starts, Sums<kC, kR>& sums) {
+  const int column = 2 * (thread_index() % 4);
+  DFS_UNROLL for (int c = 0; c < kC; ++c) {
+    const Words2 pair = *reinterpret_cast<const Words2*>(starts + 8 * c + column);
+    DFS_UNROLL for (int r = 0; r < kR; ++r) {
+      DFS_UNROLL for (int i = 0; i < 4; ++i) {
+        sums.at[r][c][i] = static_cast<int32_t>(pair.word[i % 2]);
+      }
+    }
+  }
+}
+
 // Where a block's outputs lie.
 struct TilePlace {
   int y;
@@ -234,11 +264,13 @@ struct TilePlace {
 };
 
 DFS_DEVICE void finish_tile(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles,
-                            const TilePlace& tile, const int32_t* sums, const Affine* affines,
-                            const int32_t* corrections) {
+                            const TilePlace& tile, const int32_t* sums, const Affine* affines) {
   constexpr int kRun = 16;
-  const bool centred = p.centred[task.slot];
-  const int shift = task.bits == 8 ? 0 : (task.bits == 4 ? 4 : 6) - (centred ? 1 : 0);
+  const int shift = sum_shift(p, task);
+  const bool small = has_small_sums(tiles);
+  // 2^-shift, and the same of kRounder: exact, both.
+  const float unit = bits_to_float(static_cast<uint32_t>(127 - shift) << 23);
+  const float rounder = multiply(kRounder, unit);
   const Epilogue epilogue = epilogue_of(p, task.sample);
   const int runs = tiles.block_outputs() / kRun;
   DFS_NO_UNROLL
@@ -253,10 +285,14 @@ DFS_DEVICE void finish_tile(const ConvParams& p, const BlockTask& task, const We
     DFS_UNROLL for (int j = 0; j < kRun; j += 4) {
       const Words4 four = *reinterpret_cast<const Words4*>(sums + pixel * sum_stride(tiles) + first + j);
       DFS_UNROLL for (int k = 0; k < 4; ++k) {
-        const int channel = first + j + k;
-        const int32_t sum = (static_cast<int32_t>(four.word[k]) >> shift) - corrections[channel];
-        y[j + k] = add(multiply(to_float(sum), affines[channel].multiplier), affines[channel].offset);
+        y[j + k] = small ? multiply_add(bits_to_float(four.word[k]), unit, -rounder)
+                         : to_float(static_cast<int32_t>(four.word[k]) >> shift);
       }
+    }
+    DFS_UNROLL for (int j = 0; j < kRun; j += 2) {
+      const Words4 two = *reinterpret_cast<const Words4*>(affines + first + j);
+      y[j] = add(multiply(y[j], bits_to_float(two.word[0])), bits_to_float(two.word[1]));
+      y[j + 1] = add(multiply(y[j + 1], bits_to_float(two.word[2])), bits_to_float(two.word[3]));
     }
     epilogue.finish<kRun>(place, y);
   }
@@ -267,14 +303,11 @@ DFS_DEVICE void prepare_block(const ConvParams& p, const BlockTask& task, const 
                               const SharedLayout& layout, int first_output) {
   uint8_t* shared = shared_memory();
   auto* affines = reinterpret_cast<Affine*>(shared + layout.scalings);
-  auto* corrections = reinterpret_cast<int32_t*>(affines + tiles.block_outputs());
-  const Step step = input_step(p, task.bits);
-  fill_scalings(p, tiles, task.slot, step, first_output, affines, corrections);
-  const PatchSource source(p, task.sample, step, task.bits);
-  if (source.looks_up()) {
-    source.fill_lookup(shared + layout.lookup);
-    sync_block();
-  }
+  auto* starts = reinterpret_cast<uint32_t*>(affines + tiles.block_outputs());
+  fill_scalings(p, task, tiles, first_output, affines, starts);
+  const PatchSource source(p, task.sample, input_step(p, task.bits), task.bits);
+  if (source.looks_up()) source.fill_lookup(shared + layout.lookup);
+  sync_block();
 }
 
 DFS_DEVICE void stage_slice(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles,
@@ -293,7 +326,7 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
   const SharedLayout layout = shared_layout(tiles, p.patch_h * p.patch_w, p.tile_h * p.tile_w);
   uint8_t* shared = shared_memory();
   auto* affines = reinterpret_cast<Affine*>(shared + layout.scalings);
-  auto* corrections = reinterpret_cast<int32_t*>(affines + tiles.block_outputs());
+  const auto* starts = reinterpret_cast<const uint32_t*>(affines + tiles.block_outputs());
   auto* offsets = reinterpret_cast<int32_t*>(shared + layout.offsets);
   auto* fragments = reinterpret_cast<uint32_t*>(shared + layout.weights);
   uint8_t* patch = shared + layout.patch;
@@ -316,7 +349,8 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
     }
   }
 
-  Sums<kC, kR> sums = {};
+  Sums<kC, kR> sums;
+  start_sums(starts, sums);
   const bool centred = p.centred[task.slot];
   const uint32_t half_step = !centred ? 0u : task.bits == 4 ? 0x08080808u : 0x20202020u;
   const auto* words = static_cast<const uint32_t*>(p.tiles[task.slot]);
@@ -342,11 +376,19 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
   auto* stored = reinterpret_cast<int32_t*>(shared + layout.sums);
   store_sums(p, sums, sum_stride(tiles), stored);
   sync_block();
-  finish_tile(p, task, tiles, place, stored, affines, corrections);
+  finish_tile(p, task, tiles, place, stored, affines);
 }
 
+// Four blocks to a multiprocessor leave 128 registers to a thread. 64 sums and what goes with them do
+// not fit into these, and 8.x needs some more than 9.0 does.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kNarrowBlocks = 3;
+#else
+constexpr int kNarrowBlocks = 4;
+#endif
+
 template <int kC, int kR>
-DFS_KERNEL(32 * kConvWarps, 4)
+DFS_KERNEL(32 * kConvWarps, kC == 2 ? kNarrowBlocks : 3)
 conv_mma_kernel(DFS_PARAMS(ConvParams) p) {
   const BlockTask task = block_task(p);
   if (is_rest(p, task)) return;

@@ -78,7 +78,6 @@ DFS_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DFS_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DFS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 DFS_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DFS_DEVICE int32_t round_to_int(float x) { return __float2int_rn(x); }
 DFS_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DFS_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 DFS_DEVICE float to_float(int32_t x) { return __int2float_rn(x); }

@@ -76,12 +76,19 @@ DFS_DEVICE void load_run_codes(const uint8_t* pixel, const RunPlace& place, int 
   }
 }
 
+// Codes with kRounderBits added.
 template <int kRun, int kBits>
-DFS_DEVICE void store_run_codes(uint8_t* pixel, const RunPlace& place, const int (&codes)[kRun]) {
-  uint32_t words[(kRun * kBits + 31) / 32] = {};
-  DFS_UNROLL for (int i = 0; i < kRun; ++i) {
-    const uint32_t code = i < place.count ? static_cast<uint32_t>(codes[i]) : 0;
-    words[i * kBits / 32] |= code << (i * kBits % 32);
+DFS_DEVICE void store_run_codes(uint8_t* pixel, const RunPlace& place,
+                                const uint32_t (&raised)[kRun]) {
+  constexpr int kWordCodes = 32 / kBits;
+  uint32_t words[(kRun * kBits + 31) / 32];
+  DFS_UNROLL for (int w = 0; w < (kRun * kBits + 31) / 32; ++w) {
+    WordPacker<kBits> packer;
+    DFS_UNROLL for (int i = 0; i < least(kWordCodes, kRun); ++i) {
+      const int j = w * kWordCodes + i;
+      packer.put(i, j < place.count ? raised[j] : kRounderBits);
+    }
+    words[w] = packer.packed();
   }
   store_run_bytes<kRun * kBits / 8>(pixel + place.first * kBits / 8,
                                     packed_bytes(place.count, kBits), words);
@@ -101,7 +108,7 @@ DFS_DEVICE void load_codes(const uint8_t* pixel, int bits, const RunPlace& place
 
 template <int kRun>
 DFS_DEVICE void store_codes(uint8_t* pixel, int bits, const RunPlace& place,
-                            const int (&codes)[kRun]) {
+                            const uint32_t (&codes)[kRun]) {
   if (bits == 8) {
     store_run_codes<kRun, 8>(pixel, place, codes);
   } else if (bits == 4) {
@@ -175,8 +182,8 @@ struct Epilogue {
       }
       return;
     }
-    int codes[kRun];
-    DFS_UNROLL for (int i = 0; i < kRun; ++i) codes[i] = step.quantize(y[i]);
+    uint32_t codes[kRun];
+    DFS_UNROLL for (int i = 0; i < kRun; ++i) codes[i] = step.quantize_raised(y[i]);
     store_codes<kRun>(pixel, bits, place, codes);
   }
 
@@ -214,6 +221,8 @@ DFS_DEVICE Epilogue epilogue_of(const ConvParams& p, int64_t n) {
   // A width that is no option of the output's leaves the row alone: nothing says what it would mean.
   if (!offers(p.output.quantizer, e.bits)) e.bits = 0;
   e.step = step_of(p.output.quantizer, e.bits);
+  // Codes from 0 on cut off what ReLU does, NaN too.
+  if (e.bits != 0 && e.bits != 32 && e.step.zero_point == 0) e.relu = false;
   return e;
 }
 
@@ -238,8 +247,10 @@ DFS_DEVICE void skip_sample(const ConvParams& p, const BlockTask& task) {
     const RunPlace place{pixel / e.width, pixel % e.width, first, least(4, e.channels - first)};
     if (same && e.bits != 32) {
       int codes[4];
+      uint32_t raised[4];
       load_codes<4>(e.residual_pixel(place), e.bits, place, codes);
-      store_codes<4>(e.output_pixel(place), e.bits, place, codes);
+      for (int j = 0; j < 4; ++j) raised[j] = kRounderBits + static_cast<uint32_t>(codes[j]);
+      store_codes<4>(e.output_pixel(place), e.bits, place, raised);
       continue;
     }
     float y[4] = {};

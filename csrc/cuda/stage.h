@@ -25,12 +25,11 @@ DFS_DEVICE uint32_t quantize_word(const SampleReader& reader, const Step& step, 
     return word;
   }
   const float* from = reader.address(y, x, first);
+  WordPacker<kBits> packer;
   DFS_UNROLL for (int i = 0; i < 32 / kBits; ++i) {
-    if (i < count) {
-      word |= static_cast<uint32_t>(step.quantize(from[i * reader.stride_c])) << (i * kBits);
-    }
+    packer.put(i, i < count ? step.quantize_raised(from[i * reader.stride_c]) : kRounderBits);
   }
-  return word;
+  return packer.packed();
 }
 
 // `words` of them, a multiple of 4, both sides aligned to 16 bytes.

@@ -26,7 +26,7 @@ DFS_DEVICE uint32_t weight_code(float value, float reciprocal, int bits, bool ce
   const float t = multiply(value, reciprocal);
   // Clamped integers either way, so that rounding them again changes nothing.
   const float kept = smaller(larger(centred ? floorf(t) : t, low), high);
-  return static_cast<uint32_t>(round_to_int(kept)) & ((1u << bits) - 1u);
+  return float_to_bits(add(kept, kRounder)) & ((1u << bits) - 1u);
 }
 
 DFS_KERNEL(kThreads, 4)

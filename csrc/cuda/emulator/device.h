@@ -51,7 +51,6 @@ inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-inline int32_t round_to_int(float x) { return static_cast<int32_t>(std::nearbyint(x)); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float smaller(float a, float b) { return std::fmin(a, b); }
 inline float to_float(int32_t x) { return static_cast<float>(x); }
