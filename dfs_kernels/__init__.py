@@ -6,21 +6,26 @@ from dfs_kernels.functional import (
     mixed_conv2d_,
     pack_bits,
     quantize_pack,
+    rnn_gate,
     unpack_bits,
     unpack_dequantize,
     warmup,
 )
+from dfs_kernels.gate import GateStep, RNNGateWeights
 from dfs_kernels.packing import PackedActivation, PackedConvWeight
 
 __all__ = [
+    "GateStep",
     "PackedActivation",
     "PackedConvWeight",
+    "RNNGateWeights",
     "available_backends",
     "backend_info",
     "mixed_conv2d",
     "mixed_conv2d_",
     "pack_bits",
     "quantize_pack",
+    "rnn_gate",
     "unpack_bits",
     "unpack_dequantize",
     "use_backend",

@@ -20,7 +20,8 @@ from torch.nn import Parameter
 
 from dfs_kernels import backends
 from dfs_kernels.arguments import infer_options, only_entry, widths_of
-from dfs_kernels.backends import cpu
+from dfs_kernels.backends import cpu, native
+from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
     DerivedWeights,
@@ -97,6 +98,38 @@ def unpack_dequantize(packed: Any, backend: str | None) -> Tensor | None:
     out = torch.empty(batch, channels, height, width, dtype=torch.float32, device=_CPU)
     done = _cpu.try_unpack_dequantize(_codes(packed), _values(out), batch, torch.get_num_threads())
     return out if done else None
+
+
+def rnn_gate(
+    input: Any, weights: RNNGateWeights, choices: Any, state: Any, backend: str | None
+) -> GateStep | None:
+    """:func:`dfs_kernels.rnn_gate`, or None if the call is one for the ops."""
+    embed = weights.embed_weight
+    if not backends.is_compiled_cpu(backend) or type(embed) not in _PLAIN or embed.dim() != 2:
+        return None
+    try:
+        if type(input) is PackedActivation:
+            batch, channels, _, _ = _check_packed(input)
+            features = _codes(input)
+        else:
+            image = _float_image(input)
+            batch, channels = image.shape[:2]
+            features = _values(image)
+        widths = check_choices(choices)
+        shapes = weights.shapes(channels, len(widths))
+    except (_DeclinedError, TypeError, ValueError):
+        return None
+    *floats, bias = weights
+    if not all(
+        _is_ready(value, torch.float32, shape) for value, shape in zip(floats, shapes, strict=False)
+    ) or not _is_ready(bias, torch.float64, shapes[-1]):
+        return None
+    hidden = shapes[0][0]
+    if state is not None and not _is_ready(state, torch.float64, (2, batch, hidden)):
+        return None
+    out = GateStep.empty(bias, batch, len(widths), hidden)
+    args = native.gate_args(_cpu, features, weights, widths, state, out)
+    return out if _cpu.try_rnn_gate(args, torch.get_num_threads()) else None
 
 
 def mixed_conv2d(

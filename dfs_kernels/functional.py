@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dfs_kernels.arguments import (
     quantizer_of,
     widths_of,
 )
+from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, IntPair
 from dfs_kernels.packing import (
     PackedActivation,
@@ -25,6 +27,7 @@ from dfs_kernels.packing import (
     per_width,
     resolve_levels,
 )
+from dfs_kernels.triton.tuning import tuning
 from dfs_kernels.widths import KERNEL_WIDTHS, check_accumulator
 
 
@@ -555,16 +558,110 @@ class _Prepared:
         return residual.to(real)
 
 
-def warmup(device: torch.device | str | None = None) -> None:
-    """Pay for the first call ahead of time: load the backends, start the threads.
+def rnn_gate(
+    input: Tensor | PackedActivation,
+    weights: RNNGateWeights,
+    choices: Sequence[int],
+    state: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> GateStep:
+    """Choose a width for every sample: global average pool, linear map, LSTM step, argmax.
+
+    Computes in float64, from exact sums where the features are packed integers. Equal logits go to
+    the cheapest choice. Not differentiable. Source: Shen et al., AAAI 2020, section 3.2.
+
+    Args:
+        input: the features, floating (N, C, H, W) or packed.
+        weights: the gate's parameters.
+        choices: ascending widths from 0 to 32.
+        state: the ``state`` of the previous gate's result, float64 (2, N, H); None at the first.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(weights, RNNGateWeights):
+        raise TypeError(f"weights must be RNNGateWeights, got {type(weights).__name__}")
+    if _may_bypass_ops():
+        step = direct.rnn_gate(input, weights, choices, state, backend)
+        if step is not None:
+            return step
+    widths = check_choices(choices)
+    packed = input if isinstance(input, PackedActivation) else None
+    if packed is None:
+        _check_image(input, "input")
+    batch, channels, height, width = input.shape
+    weights.check(channels, len(widths), input.device)
+    if state is not None:
+        _check_tensor(state, "state")
+        expected = (2, batch, weights.hidden)
+        if tuple(state.shape) != expected or state.dtype != torch.float64:
+            raise ValueError(
+                f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
+            )
+        if state.device != input.device:
+            raise ValueError(f"state is on {state.device}, but the input is on {input.device}")
+        state = state.detach().contiguous()
+    options = packed.bit_options if packed else ()
+    name = backends.select_name("rnn_gate", backend, input.device, options)
+    values = packed.data if packed else input.detach().to(torch.float32)  # type: ignore[union-attr]
+    found = torch.ops.dfs.rnn_gate(
+        values,
+        packed.bits if packed else None,
+        packed.scale if packed else None,
+        packed.zero_point if packed else None,
+        state,
+        *(value.detach() for value in weights),
+        packed_options=options,
+        channels=channels,
+        height=height,
+        width=width,
+        choices=widths,
+        backend=name,
+    )
+    return GateStep(*found)
+
+
+def warmup(
+    device: torch.device | str | None = None,
+    run: Callable[[], object] | None = None,
+    *,
+    autotune: bool = False,
+) -> None:
+    """Pay for the first call ahead of time: load the backends, start the threads, compile kernels.
 
     Args:
         device: where; a CPU by default.
+        run: makes the calls to be ready for, such as ``lambda: model(images)``. By default one
+            small convolution at every width.
+        autotune: measure which launch configuration suits each Triton kernel that ``run`` calls.
+            Takes seconds to minutes, is kept on disk (see README, DFS_CACHE_DIR) and serves all
+            later runs with the same sizes on GPUs of the same name. Results do not change.
+
+    Raises:
+        ValueError: there is nothing to tune on this device, or ``run`` is missing.
     """
     target = torch.device(device or "cpu")
-    x = torch.zeros(2, 8, 4, 4, device=target)
+    if not autotune:
+        (run or functools.partial(_run_every_width, target))()
+        return
+    triton = backends.load("triton")
+    reason = triton.unavailable_reason()
+    if reason is not None or not triton.supports(target.type, KERNEL_WIDTHS):
+        raise ValueError(
+            "autotune: only Triton's kernels have something to tune, and they don't run on "
+            f"{target}" + (f": {reason}" if reason else "")
+        )
+    if run is None:
+        raise ValueError("run must be given with autotune: it makes the calls to tune for")
+    with tuning():
+        run()
+
+
+def _run_every_width(device: torch.device) -> None:
+    x = torch.zeros(2, 8, 4, 4, device=device)
     weight = PackedConvWeight.from_float(
-        torch.zeros(8, 8, 3, 3, device=target), {b: torch.ones(8, device=target) for b in (2, 4, 8)}
+        torch.zeros(8, 8, 3, 3, device=device), {b: torch.ones(8, device=device) for b in (2, 4, 8)}
     )
     for bits in weight.bit_options:
         mixed_conv2d(x, weight, bits, {2: 1.0, 4: 1.0, 8: 1.0, 32: 1.0}, padding=1)

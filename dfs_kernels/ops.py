@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dfs_kernels import backends
 from dfs_kernels.call import ConvCall, ConvWeight, GradientsWanted, check_bits
+from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
     PackedActivation,
@@ -441,6 +442,61 @@ def mixed_conv2d_inplace_op(*tensors: Any, **scalars: Any) -> None:
 @mixed_conv2d_inplace_op.register_fake
 def _(*tensors: Any, **scalars: Any) -> None:
     return None
+
+
+# The gate
+
+
+_GATE_TENSORS = {
+    "input": "Tensor",
+    "packed_bits": "Tensor?",
+    "packed_scale": "Tensor?",
+    "packed_zero_point": "Tensor?",
+    "state": "Tensor?",
+    **dict.fromkeys(RNNGateWeights._fields, "Tensor"),
+}
+
+
+@torch.library.custom_op(
+    "dfs::rnn_gate",
+    mutates_args=(),
+    schema=_schema(
+        _GATE_TENSORS,
+        "int[] packed_options, int channels, SymInt height, SymInt width, int[] choices, "
+        "str backend",
+        "(Tensor, Tensor, Tensor)",
+    ),
+)
+def rnn_gate_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_GATE_TENSORS, tensors, strict=True)), **scalars)
+    source: Tensor | PackedActivation = a.input.detach()
+    if a.packed_bits is not None:
+        options = tuple(a.packed_options)
+        if _may_read(a.input):
+            check_bits(a.packed_bits, options, "input.bits")
+        source = PackedActivation(
+            a.input,
+            a.packed_bits,
+            a.packed_scale,
+            a.packed_zero_point,
+            options,
+            a.channels,
+            a.height,
+            a.width,
+        )
+    weights = RNNGateWeights(*(getattr(a, name).detach() for name in RNNGateWeights._fields))
+    out = GateStep.empty(a.input, a.input.shape[0], len(a.choices), weights.hidden)
+    call = GateCall(source, weights, tuple(a.choices), _detached(a.state))
+    backends.load(a.backend).rnn_gate(call, out)
+    return out.bits, out.logits, out.state
+
+
+@rnn_gate_op.register_fake
+def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_GATE_TENSORS, tensors, strict=True)), **scalars)
+    hidden = a.embed_weight.shape[0]
+    out = GateStep.empty(a.input, a.input.shape[0], len(a.choices), hidden)
+    return out.bits, out.logits, out.state
 
 
 # Gradients

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, row_bytes
 from dfs_kernels.widths import activation_max, weight_range
@@ -462,3 +463,59 @@ def _unknown(bits: Tensor, options: Sequence[int]) -> Tensor:
     """Mask of the samples whose width is no option; only a GPU call gets here with any."""
     known = torch.tensor((0, *options), dtype=bits.dtype, device=bits.device)
     return ~torch.isin(bits, known)
+
+
+# The gate
+
+
+def pooled_mean(x: Tensor | PackedActivation) -> Tensor:
+    """Global average pool, float64 (N, C); of integer codes from exact sums."""
+    if isinstance(x, Tensor):
+        return x.double().mean((2, 3))
+    means = x.data.new_full(x.shape[:2], float("nan"), dtype=torch.float64)
+    means[x.bits == 0] = 0.0
+    pixels = x.height * x.width
+    for bits in x.bit_options:
+        mine = x.bits == bits
+        values = unpack_rows(x.data[mine], bits, *x.shape[1:])
+        if bits == 32:
+            means[mine] = values.double().mean((2, 3))
+        else:
+            scale, zero_point = x.quantizer.at(bits)
+            sums = values.sum((2, 3), dtype=torch.int64) - pixels * zero_point.long()
+            means[mine] = sums.double() * (scale.double() / pixels)
+    return means
+
+
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    """Pool, embed, one LSTM step, and the largest logit; the cheapest choice among equals."""
+    w = call.weights
+    batch, hidden = out.bits.shape[0], w.hidden
+    state = call.state
+    if state is None:
+        state = out.state.new_zeros(2, batch, hidden)
+    x = _linear(pooled_mean(call.input), w.embed_weight, w.embed_bias)
+    mixed = _linear(x, w.weight_ih, w.bias_ih) + _linear(state[0], w.weight_hh, w.bias_hh)
+    enter, forget, update, leave = mixed.chunk(4, -1)
+    memory = forget.sigmoid() * state[1] + enter.sigmoid() * update.tanh()
+    output = leave.sigmoid() * memory.tanh()
+    logits = _linear(output, w.proj_weight, w.proj_bias) + w.choice_bias
+    widths = torch.tensor(call.choices, dtype=torch.int32, device=out.bits.device)
+    out.bits.copy_(widths[cheapest_argmax(logits)])
+    out.logits.copy_(logits)
+    out.state.copy_(torch.stack((output, memory)))
+
+
+def cheapest_argmax(logits: Tensor) -> Tensor:
+    """Index of the largest logit in the last dimension, the lowest index among equals.
+
+    The last index where a NaN leaves no largest.
+    """
+    count = logits.shape[-1]
+    index = torch.arange(count, device=logits.device).expand_as(logits)
+    best = logits == logits.amax(-1, keepdim=True)
+    return torch.where(best, index, count - 1).amin(-1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.double(), bias.double())

@@ -3,6 +3,7 @@
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
 #include "kernels/peak.h"
+#include "kernels/pooling.h"
 
 namespace dfs {
 
@@ -14,6 +15,7 @@ const KernelTable kAvx2Kernels = {
     avx2::convert_scratch_bytes,
     avx2::convert_rows,
     avx2::convert_rows,
+    avx2::sum_pixels,
     avx2::quantize_filter,
     avx2::vector_tile_bytes,
     avx2::vector_retile,

@@ -3,6 +3,7 @@
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
 #include "kernels/peak.h"
+#include "kernels/pooling.h"
 
 namespace dfs {
 
@@ -14,6 +15,7 @@ const KernelTable kAvx512VbmiKernels = {
     avx512_vbmi::convert_scratch_bytes,
     avx512_vbmi::convert_rows,
     avx512_vbmi::convert_rows,
+    avx512_vbmi::sum_pixels,
     avx512_vbmi::quantize_filter,
     avx512_vbmi::vector_tile_bytes,
     avx512_vbmi::vector_retile,

@@ -3,6 +3,7 @@
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
 #include "kernels/peak.h"
+#include "kernels/pooling.h"
 
 namespace dfs {
 
@@ -14,6 +15,7 @@ const KernelTable kAvx512VnniKernels = {
     avx512_vnni::convert_scratch_bytes,
     avx512_vnni::convert_rows,
     avx512_vnni::convert_rows,
+    avx512_vnni::sum_pixels,
     avx512_vnni::quantize_filter,
     avx512_vnni::vector_tile_bytes,
     avx512_vnni::vector_retile,

@@ -1,6 +1,7 @@
 // The portable kernels: plain loops that a compiler vectorizes for the baseline instruction set.
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
+#include "kernels/pooling.h"
 
 namespace dfs {
 
@@ -12,6 +13,7 @@ const KernelTable kScalarKernels = {
     scalar::convert_scratch_bytes,
     scalar::convert_rows,
     scalar::convert_rows,
+    scalar::sum_pixels,
     scalar::quantize_filter,
     scalar::filter_tile_bytes,
     scalar::retile_filters,

@@ -45,6 +45,9 @@ struct KernelTable {
   void (*dequantize_rows)(const FeatureMap& src, const FeatureMap& dst, int64_t sample,
                           int64_t row_begin, int64_t row_end, void* scratch);
 
+  // Sums (channels) over `pixels` runs of bytes.
+  void (*sum_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t* sums);
+
   // One output channel, (channels, kernel_h * kernel_w) -> [kernel_h * kernel_w][channels] codes.
   void (*quantize_filter)(const float* weight, int64_t channels, int64_t taps, float scale,
                           int32_t bits, bool centred, uint8_t* packed);

@@ -45,6 +45,9 @@ struct PeakRates {
 };
 PeakRates peak_rates();
 
+// Chooses a width for every sample; equal logits go to the first choice.
+void rnn_gate(const RnnGateArgs& args, int threads);
+
 void mixed_conv2d(const MixedConv2dArgs& args, int threads);
 void mixed_conv2d_backward(const MixedConv2dBackwardArgs& args, int threads);
 

@@ -46,4 +46,7 @@ void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t 
 // float32 (O, KH, KW, C/groups) at 32 bits. At most three launches: tensor cores, general, float32.
 void mixed_conv2d(const MixedConv2dArgs& args, Stream stream);
 
+// One step of a recurrent gate, in one launch.
+void rnn_gate(const RnnGateArgs& args, Stream stream);
+
 }  // namespace dfs::cuda

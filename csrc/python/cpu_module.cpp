@@ -139,6 +139,12 @@ bool try_unpack_dequantize(const dfs::FeatureMap& src, const dfs::FeatureMap& ds
   return true;
 }
 
+bool try_rnn_gate(const dfs::RnnGateArgs& args, int threads) {
+  if (is_packed(args.input) && !is_well_formed(args.input, args.batch)) return false;
+  dfs::rnn_gate(args, threads);
+  return true;
+}
+
 void bind_operations(py::module_& module) {
   using namespace py::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -198,6 +204,8 @@ void bind_operations(py::module_& module) {
   module.def("try_mixed_conv2d", &try_mixed_conv2d, "geometry"_a, "weight"_a, "weight_scale"_a,
              "batch"_a, "bits"_a, "input"_a, "input_scale"_a, "input_zero_point"_a, "bias"_a,
              "mul"_a, "add"_a, "residual"_a, "relu"_a, "output"_a, "threads"_a, Unlocked());
+  module.def("rnn_gate", &dfs::rnn_gate, "args"_a, "threads"_a, Unlocked());
+  module.def("try_rnn_gate", &try_rnn_gate, "args"_a, "threads"_a, Unlocked());
   module.def("mixed_conv2d_backward", &dfs::mixed_conv2d_backward, "args"_a, "threads"_a,
              Unlocked());
 }

@@ -135,6 +135,12 @@ void bind_convolution(py::module_& module) {
         dfs::cuda::mixed_conv2d(args, stream_of(stream));
       },
       "args"_a, "stream"_a, Unlocked());
+  module.def(
+      "rnn_gate",
+      [](const dfs::RnnGateArgs& args, Address stream) {
+        dfs::cuda::rnn_gate(args, stream_of(stream));
+      },
+      "args"_a, "stream"_a, Unlocked());
 }
 
 }  // namespace

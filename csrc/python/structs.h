@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -207,6 +208,41 @@ inline void bind_mixed_conv2d(py::module_& module) {
   def_pointer(cls, "add", &MixedConv2dArgs::add);
 }
 
+inline void bind_rnn_gate(py::module_& module) {
+  using dfs::RnnGateArgs;
+  py::class_<RnnGateArgs> cls(module, "RnnGateArgs", py::module_local());
+  def_keyword_constructor(cls);
+  cls.def_readwrite("batch", &RnnGateArgs::batch)
+      .def_readwrite("input", &RnnGateArgs::input)
+      .def_readwrite("hidden", &RnnGateArgs::hidden);
+  cls.def_property(
+      "choices",
+      [](const RnnGateArgs& self) {
+        return std::vector<int32_t>(self.choices, self.choices + self.choice_count);
+      },
+      [](RnnGateArgs& self, const std::vector<int32_t>& choices) {
+        if (choices.empty() || choices.size() > static_cast<size_t>(dfs::kMaxChoices)) {
+          throw std::invalid_argument("got " + std::to_string(choices.size()) + " choices; 1 to " +
+                                      std::to_string(dfs::kMaxChoices) + " are allowed");
+        }
+        self.choice_count = static_cast<int64_t>(choices.size());
+        std::copy(choices.begin(), choices.end(), self.choices);
+      });
+  def_pointer(cls, "state", &RnnGateArgs::state);
+  def_pointer(cls, "embed_weight", &RnnGateArgs::embed_weight);
+  def_pointer(cls, "embed_bias", &RnnGateArgs::embed_bias);
+  def_pointer(cls, "weight_ih", &RnnGateArgs::weight_ih);
+  def_pointer(cls, "weight_hh", &RnnGateArgs::weight_hh);
+  def_pointer(cls, "bias_ih", &RnnGateArgs::bias_ih);
+  def_pointer(cls, "bias_hh", &RnnGateArgs::bias_hh);
+  def_pointer(cls, "proj_weight", &RnnGateArgs::proj_weight);
+  def_pointer(cls, "proj_bias", &RnnGateArgs::proj_bias);
+  def_pointer(cls, "choice_bias", &RnnGateArgs::choice_bias);
+  def_pointer(cls, "out_bits", &RnnGateArgs::out_bits);
+  def_pointer(cls, "out_logits", &RnnGateArgs::out_logits);
+  def_pointer(cls, "out_state", &RnnGateArgs::out_state);
+}
+
 // In this order: later ones hold earlier ones. Each module has classes of its own, so that they can
 // be imported together.
 inline void bind_structs(py::module_& module) {
@@ -215,6 +251,7 @@ inline void bind_structs(py::module_& module) {
   bind_geometry(module);
   bind_weight(module);
   bind_mixed_conv2d(module);
+  bind_rnn_gate(module);
 }
 
 }  // namespace dfs_python

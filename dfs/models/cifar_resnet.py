@@ -314,8 +314,11 @@ class DynamicResNet(nn.Module):
     ) -> GateDecision:
         """The widths of gated block ``index`` for the samples of ``stream``."""
         batch, device = stream.shape[0], stream.device
-        if policy is None:
-            decision: GateDecision = self.gate(index, pooled_mean(stream), state, temperature)
+        decision: GateDecision
+        if policy is None and not self.training:
+            decision = self.gate.run(index, stream, state)
+        elif policy is None:
+            decision = self.gate(index, pooled_mean(stream), state, temperature)
         else:
             if isinstance(policy, Tensor):
                 bits = policy[:, index].to(torch.int32)

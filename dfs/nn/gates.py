@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = tuple[Tensor, Tensor]
+from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
+from dfs_kernels.reference import cheapest_argmax
+
+# The output and the memory of the LSTM so far: float64 (2, N, hidden).
+State = Tensor
 
 # How close to the cheapest and to the dearest choice a gate may start, as shares of the range.
 _LOWER_MARGIN = 0.01
@@ -33,14 +37,6 @@ class GateDecision(NamedTuple):
     mask: Tensor
     logits: Tensor
     state: State | None
-
-
-def cheapest_argmax(logits: Tensor) -> Tensor:
-    """Index of the largest logit in the last dimension, the lowest index among equals."""
-    count = logits.shape[-1]
-    index = torch.arange(count, device=logits.device).expand_as(logits)
-    best = logits == logits.amax(-1, keepdim=True)
-    return torch.where(best, index, count - 1).amin(-1)
 
 
 def straight_through(logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
@@ -100,6 +96,32 @@ class RNNGate(nn.Module):
         cell = 4 * self.hidden * 2 * self.hidden
         return embed.in_features * self.hidden + cell + self.hidden * len(self.choices)
 
+    def run(
+        self, index: int, features: Tensor | PackedActivation, state: State | None
+    ) -> GateDecision:
+        """Decide one block as it is deployed, in one kernel: no gradient, no noise.
+
+        Args:
+            features: (N, C, H, W), what the blocks before it have left.
+            state: the previous gate's, or None at the first.
+        """
+        embed = self.embed[index]
+        assert isinstance(embed, nn.Linear)
+        weights = RNNGateWeights(
+            embed.weight,
+            embed.bias,
+            self.cell.weight_ih,
+            self.cell.weight_hh,
+            self.cell.bias_ih,
+            self.cell.bias_hh,
+            self.proj.weight,
+            self.proj.bias,
+            self.choice_bias,
+        )
+        step = rnn_gate(features, weights, self.choices, state)
+        mask = (step.bits[:, None] == self.widths).float()
+        return GateDecision(step.bits, mask, step.logits, step.state)
+
     def forward(
         self,
         index: int,
@@ -116,8 +138,7 @@ class RNNGate(nn.Module):
             temperature: Gumbel temperature while training; None takes the argmax.
         """
         if state is None:
-            zeros = pooled.new_zeros(pooled.shape[0], self.hidden)
-            state = (zeros, zeros)
+            state = pooled.new_zeros(2, pooled.shape[0], self.hidden)
         embed = self.embed[index]
         assert isinstance(embed, nn.Linear)
         x = _linear64(pooled, embed.weight, embed.bias)
@@ -128,7 +149,8 @@ class RNNGate(nn.Module):
         output = leave.sigmoid() * memory.tanh()
         logits = _linear64(output, self.proj.weight, self.proj.bias) + self.choice_bias
         choice, mask = straight_through(logits, temperature)
-        return GateDecision(self.widths[choice], mask.float(), logits, (output, memory))
+        state = torch.stack((output, memory))
+        return GateDecision(self.widths[choice], mask.float(), logits, state)
 
     @torch.no_grad()
     def standardise(self, index: int, pooled: Tensor) -> None:

@@ -10,6 +10,7 @@ Every backend is a module with the same functions:
     tile_bytes(geometry, options, centred) -> int       size of its private weights; 0 for none
     tile_variant() -> str | None                        tells apart its weights; None: has none
     mixed_conv2d(call, out)                             mixed_conv2d_backward(call, grad, wanted)
+    rnn_gate(call, out)                                 one step of a gate, dfs_kernels/gate.py
     info() -> dict                                      what runs, for people
 """
 

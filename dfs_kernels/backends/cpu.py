@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, PackedConvWeight, WeightLayout
 from dfs_kernels.widths import KERNEL_WIDTHS
@@ -176,6 +177,13 @@ def mixed_conv2d_backward(
     args.grad_add = native.pointer(gradients.add)
     _cpu.mixed_conv2d_backward(args, _threads())
     return gradients
+
+
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    weights = [value.contiguous() for value in call.weights]
+    features = native.feature_map(_cpu, call.input)
+    args = native.gate_args(_cpu, features, weights, call.choices, call.state, out)
+    _cpu.rnn_gate(args, _threads())
 
 
 def _threads() -> int:

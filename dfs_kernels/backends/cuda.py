@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dfs_kernels.backends import native, reference, triton
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, PackedConvWeight
 from dfs_kernels.widths import KERNEL_WIDTHS
@@ -163,6 +164,14 @@ def mixed_conv2d_backward(
     on_gpu = not _EMULATOR and triton.unavailable_reason() is None
     module = triton if on_gpu else reference
     return module.mixed_conv2d_backward(call, grad_output, wanted)
+
+
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    weights = [value.contiguous() for value in call.weights]
+    features = native.feature_map(_cuda, call.input)
+    args = native.gate_args(_cuda, features, weights, call.choices, call.state, out)
+    with _on(out.bits.device) as stream:
+        _cuda.rnn_gate(args, stream)
 
 
 def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:

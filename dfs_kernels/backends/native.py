@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dfs_kernels.call import ConvCall
+from dfs_kernels.gate import GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, Quantizer
 
@@ -99,3 +100,28 @@ def mixed_conv2d_args(
     args.relu = call.relu
     args.output = feature_map(module, out)
     return args
+
+
+def gate_args(
+    module: Any,
+    features: Any,
+    weights: Sequence[Tensor],
+    choices: tuple[int, ...],
+    state: Tensor | None,
+    out: GateStep,
+) -> Any:
+    """A gate's call; every tensor is contiguous, ``features`` a native feature map."""
+    return module.RnnGateArgs(
+        batch=out.bits.shape[0],
+        input=features,
+        hidden=out.state.shape[2],
+        choices=choices,
+        state=pointer(state),
+        out_bits=out.bits.data_ptr(),
+        out_logits=out.logits.data_ptr(),
+        out_state=out.state.data_ptr(),
+        **{
+            name: value.data_ptr()
+            for name, value in zip(RNNGateWeights._fields, weights, strict=True)
+        },
+    )

@@ -16,6 +16,7 @@ from dfs_kernels.reference import (
     mixed_conv2d_backward,
     pack_bits,
     quantize_pack,
+    rnn_gate,
     unpack_bits,
     unpack_dequantize,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "quantize_pack",
     "quantize_weight",
     "retile_weight",
+    "rnn_gate",
     "supports",
     "tile_bytes",
     "tile_variant",

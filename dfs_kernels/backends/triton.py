@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,15 +21,20 @@ from torch import Tensor
 
 from dfs_kernels import reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight, row_bytes
+from dfs_kernels.packing import PackedActivation, PackedConvWeight, Quantizer, row_bytes
 from dfs_kernels.triton.configs import (
-    conv_config,
-    float_config,
-    grouped_config,
-    pixel_config,
+    ConvConfig,
+    PixelConfig,
+    conv_configs,
+    float_configs,
+    gate_configs,
+    grouped_configs,
+    pixel_configs,
     power_of_two,
 )
+from dfs_kernels.triton.tuning import Problem, choose
 from dfs_kernels.widths import KERNEL_WIDTHS, activation_max
 
 # Triton looks at it when a kernel is defined.
@@ -64,9 +69,9 @@ def info() -> dict[str, Any]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """Every kernel by name. Defining them takes a while, so not before one is needed."""
-    from dfs_kernels.triton import buckets, conv, gradients, packing
+    from dfs_kernels.triton import buckets, conv, gate, gradients, packing
 
-    modules = (buckets, conv, gradients, packing)
+    modules = (buckets, conv, gate, gradients, packing)
     names = {name: getattr(m, name) for m in modules for name in dir(m) if name.endswith("_kernel")}
     return SimpleNamespace(**names)
 
@@ -112,15 +117,21 @@ def quantize_pack(x: Tensor, out: PackedActivation) -> None:
 
 def _quantize_pack(x: Tensor, out: PackedActivation, fill: bool) -> None:
     batch, channels, height, width = x.shape
-    config = pixel_config(height * width, channels)
-    tiles = _tiles(height * width, config.block_p)
-    _launch(
-        _kernels().quantize_pack_kernel, (batch * tiles,), x.device,
-        x, out.data, out.bits, out.scale, out.zero_point,
-        *x.stride(), out.data.stride(0), height, width, tiles,
-        C=channels, INDEX=_index(out.bit_options), FILL=fill,
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
-    )  # fmt: skip
+
+    def launch(config: PixelConfig) -> None:
+        tiles = _tiles(height * width, config.block_p)
+        _launch(
+            _kernels().quantize_pack_kernel, (batch * tiles,), x.device,
+            x, out.data, out.bits, out.scale, out.zero_point,
+            *x.stride(), out.data.stride(0), height, width, tiles,
+            C=channels, INDEX=_index(out.bit_options), FILL=fill,
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+
+    layout = "channels_last" if x.stride(1) == 1 else "planes"
+    sizes = (channels, height * width, layout)
+    problem = Problem("quantize_pack_kernel", sizes, batch)
+    launch(choose(problem, x.device, pixel_configs(height * width, channels), launch))
 
 
 def unpack_dequantize(packed: PackedActivation) -> Tensor:
@@ -132,15 +143,19 @@ def _unpack_dequantize(packed: PackedActivation, wanted: Tensor | None) -> Tenso
     packed = _aligned(packed)
     batch, channels, height, width = packed.shape
     out = packed.data.new_empty(packed.shape, dtype=torch.float32)
-    config = pixel_config(height * width, channels)
-    tiles = _tiles(height * width, config.block_p)
-    _launch(
-        _kernels().unpack_dequantize_kernel, (batch * tiles,), out.device,
-        packed.data, out, packed.bits, wanted, packed.scale, packed.zero_point,
-        packed.data.stride(0), height * width, tiles,
-        C=channels, INDEX=_index(packed.bit_options),
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
-    )  # fmt: skip
+
+    def launch(config: PixelConfig) -> None:
+        tiles = _tiles(height * width, config.block_p)
+        _launch(
+            _kernels().unpack_dequantize_kernel, (batch * tiles,), out.device,
+            packed.data, out, packed.bits, wanted, packed.scale, packed.zero_point,
+            packed.data.stride(0), height * width, tiles,
+            C=channels, INDEX=_index(packed.bit_options),
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+
+    problem = Problem("unpack_dequantize_kernel", (channels, height * width), batch)
+    launch(choose(problem, out.device, pixel_configs(height * width, channels), launch))
     return out
 
 
@@ -240,6 +255,30 @@ def mixed_conv2d_backward(
     return found
 
 
+def rnn_gate(call: GateCall, out: GateStep) -> None:
+    x = call.input
+    if isinstance(x, PackedActivation):
+        x = _aligned(x)
+        index = _index(x.bit_options)
+    else:
+        index = None
+    batch, channels, height, width = x.shape
+    weights = tuple(value.contiguous() for value in call.weights)
+
+    def launch(config: PixelConfig) -> None:
+        _launch(
+            _kernels().rnn_gate_kernel, (batch,), out.bits.device,
+            *_map_pointers(x), call.state, *weights, *out, batch, height * width, width,
+            C=channels, HIDDEN=call.weights.hidden, CHOICES=call.choices, INDEX=index,
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+            BLOCK_H=power_of_two(call.weights.hidden, 1, 1 << 16),
+            BLOCK_K=power_of_two(len(call.choices), 1, 1 << 16), num_warps=config.num_warps,
+        )  # fmt: skip
+
+    problem = Problem("rnn_gate_kernel", (channels, height * width, call.weights.hidden), batch)
+    launch(choose(problem, out.bits.device, gate_configs(height * width, channels), launch))
+
+
 def _weight_values(weight: ConvWeight, index: int) -> Tensor:
     """What a weight stands for at one width, float32 (O, C/groups, KH, KW)."""
     bits = weight.options[index]
@@ -266,24 +305,29 @@ def _input_gradient(
     batch, channels, height, width = x.shape
     dots = _takes_dots(geometry)
     parts = geometry.groups if dots else 1
-    config = float_config(height * width, channels // parts)
-    tiles_m = _tiles(height * width, config.block_m)
-    tiles = tiles_m * parts * _tiles(channels // parts, config.block_n)
     out = x.new_empty(x.shape)
     quantizer = call.input_quantizer
-    slopes = None if quantizer is None else x.new_empty(batch, tiles, dtype=torch.float64)
-    _launch(
-        _kernels().input_gradient_kernel, (batch * tiles,), x.device,
-        grad_output, values, x,
-        *((None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point)),
-        call.bits, out, slopes, *grad_output.stride(), *x.stride(),
-        height, width, *grad_output.shape[2:], geometry.pad_top, geometry.pad_left, tiles_m,
-        **_constants(geometry), INDEX=_index(call.weight.options),
-        QUANTIZED=quantizer is not None, PRECISION=_float_precision(), DOTS=dots,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-    )  # fmt: skip
-    return out, slopes
+
+    def launch(config: ConvConfig) -> Tensor | None:
+        tiles_m = _tiles(height * width, config.block_m)
+        tiles = tiles_m * parts * _tiles(channels // parts, config.block_n)
+        slopes = None if quantizer is None else x.new_empty(batch, tiles, dtype=torch.float64)
+        _launch(
+            _kernels().input_gradient_kernel, (batch * tiles,), x.device,
+            grad_output, values, x,
+            *((None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point)),
+            call.bits, out, slopes, *grad_output.stride(), *x.stride(),
+            height, width, *grad_output.shape[2:], geometry.pad_top, geometry.pad_left, tiles_m,
+            **_constants(geometry), INDEX=_index(call.weight.options),
+            QUANTIZED=quantizer is not None, PRECISION=_float_precision(), DOTS=dots,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+        return slopes
+
+    configs = float_configs(height * width, channels // parts)
+    problem = _conv_problem("input_gradient_kernel", call)
+    return out, launch(choose(problem, x.device, configs, launch))
 
 
 def _input_scale_gradient(call: ConvCall, slopes: Tensor | None) -> Tensor:
@@ -312,24 +356,29 @@ def _weight_gradients(call: ConvCall, grad_output: Tensor) -> Tensor:
     dots = _takes_dots(geometry)
     parts = geometry.groups if dots else 1
     outputs, taps = geometry.out_channels, geometry.taps
-    config = float_config(taps, outputs // parts)
-    block_t = min(config.block_m, 32)
     splits = max(1, min(batch, _MOST_SPLITS))
     partial = x.new_empty(len(options), splits, outputs, taps)
-    tiles = parts * _tiles(outputs // parts, config.block_n) * _tiles(taps, block_t if dots else 1)
     quantizer = call.input_quantizer
-    for bits in options:
-        _launch(
-            _kernels().weight_gradient_kernel, (tiles * splits,), x.device,
-            grad_output, x,
-            *((None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point)),
-            call.bits, partial, *grad_output.stride(), *x.stride(), batch,
-            height, width, *grad_output.shape[2:], geometry.pad_top, geometry.pad_left, splits,
-            **_constants(geometry), WIDTH=bits, INDEX=_index(options),
-            PRECISION=_float_precision(), DOTS=dots,
-            BLOCK_O=config.block_n, BLOCK_T=block_t, BLOCK_P=16,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+
+    def launch(config: ConvConfig) -> None:
+        block_t = min(config.block_m, 32)
+        tiles = parts * _tiles(outputs // parts, config.block_n)
+        tiles *= _tiles(taps, block_t if dots else 1)
+        for bits in options:
+            _launch(
+                _kernels().weight_gradient_kernel, (tiles * splits,), x.device,
+                grad_output, x,
+                *((None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point)),
+                call.bits, partial, *grad_output.stride(), *x.stride(), batch,
+                height, width, *grad_output.shape[2:], geometry.pad_top, geometry.pad_left, splits,
+                **_constants(geometry), WIDTH=bits, INDEX=_index(options),
+                PRECISION=_float_precision(), DOTS=dots,
+                BLOCK_O=config.block_n, BLOCK_T=block_t, BLOCK_P=16,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+
+    problem = _conv_problem("weight_gradient_kernel", call)
+    launch(choose(problem, x.device, float_configs(taps, outputs // parts), launch))
     shape = (len(options), outputs, geometry.kernel_h, geometry.kernel_w, geometry.group_channels)
     return partial.sum(1).view(shape).permute(0, 1, 4, 2, 3)
 
@@ -353,63 +402,74 @@ def _convolve_integers(
     call: ConvCall, out: Tensor | PackedActivation, weight: Tensor, sums: Tensor | None
 ) -> None:
     geometry, options = call.geometry, call.weight.options
-    _, _, height, width = call.input.shape
-    out_height, out_width = geometry.output_size(height, width)
+    out_height, out_width = geometry.output_size(*call.input.shape[2:])
+    pixels = out_height * out_width
     dots = _takes_dots(geometry)
     source, stream = _packed_input(call, dots)
-    quantizer = source.quantizer if call.input_quantizer is None else call.input_quantizer
-    layout = call.weight.layout
-    offsets = layout.offsets()
-    pointers = (source.data, quantizer.scale, quantizer.zero_point)
-    pixels = out_height * out_width
     if dots:
+        launch = functools.partial(_launch_dots, source, stream, weight, sums)
         outputs = geometry.out_channels // geometry.groups
-        config = conv_config(pixels, outputs, geometry.taps)
+        integers = sum(b != 32 for b in options)
+        configs = conv_configs(pixels, outputs, geometry.taps, integers)
+        problem = _conv_problem("mixed_conv2d_kernel", call, "stream" if stream else "codes")
     else:
-        config = grouped_config(pixels, geometry.out_channels)
-    constants = {
-        **_constants(geometry),
-        **_finish_constants(call, out),
-        "INPUT_INDEX": _index(quantizer.options),
-        "WEIGHT_INDEX": _index(options),
-        "WEIGHT_OFFSET": tuple(
-            offsets[options.index(b)] if b in options else 0 for b in _INTEGER_WIDTHS
-        ),
-        "CENTRED": tuple(
-            b in options and call.weight.centred[options.index(b)] for b in _INTEGER_WIDTHS
-        ),
-        "BLOCK_M": config.block_m,
-        "num_warps": config.num_warps,
-    }
-    tiles_m = _tiles(pixels, config.block_m)
-    sizes = (
-        source.data.stride(0), height, width, out_height, out_width,
-        geometry.pad_top, geometry.pad_left, tiles_m,
-    )  # fmt: skip
-    affine = (call.bias, call.mul, call.add)
-    if not dots:
-        tiles = tiles_m * _tiles(geometry.out_channels, config.block_n)
-        _launch(
-            _kernels().grouped_conv2d_kernel, (call.batch * tiles,), call.bits.device,
-            *pointers, weight, call.weight.scale, call.bits, *affine, *_finish_pointers(call, out),
-            *sizes, **constants, BLOCK_N=config.block_n,
-        )  # fmt: skip
-        return
-    words = tuple(_word(source, geometry, b, stream) for b in _INTEGER_WIDTHS)
-    tiles = tiles_m * geometry.groups * _tiles(outputs, config.block_n)
+        launch = functools.partial(_launch_grouped, source, weight)
+        configs = grouped_configs(pixels, geometry.out_channels)
+        problem = _conv_problem("grouped_conv2d_kernel", call)
+    _launch_chosen(problem, configs, launch, call, out)
+
+
+def _launch_chosen(
+    problem: Problem,
+    configs: tuple[ConvConfig, ...],
+    launch: Callable[[ConvCall, Tensor | PackedActivation, ConvConfig], None],
+    call: ConvCall,
+    out: Tensor | PackedActivation,
+) -> None:
+    """``launch`` a convolution with the configuration that is best for it."""
+    rehearsal = functools.cache(lambda: _rehearsal(call, out))
+    config = choose(problem, call.bits.device, configs, lambda config: launch(*rehearsal(), config))
+    launch(call, out, config)
+
+
+def _rehearsal(
+    call: ConvCall, out: Tensor | PackedActivation
+) -> tuple[ConvCall, Tensor | PackedActivation]:
+    """The call as it can be made again and again: one in place adds to a copy."""
+    if call.residual is not out:
+        return call, out
+    copy = out.clone()
+    return replace(call, residual=copy), copy
+
+
+def _launch_dots(
+    source: PackedActivation,
+    stream: bool,
+    weight: Tensor,
+    sums: Tensor | None,
+    call: ConvCall,
+    out: Tensor | PackedActivation,
+    config: ConvConfig,
+) -> None:
+    geometry, options = call.geometry, call.weight.options
+    quantizer = _read_quantizer(call, source)
     stored = source.quantizer if stream else quantizer
-    # A word of 2-bit codes holds 16 of them.
-    block_k = max(config.block_k, 32)
+    constants, sizes, tiles_m = _integer_arguments(call, out, source, config)
+    outputs = geometry.out_channels // geometry.groups
+    tiles = tiles_m * geometry.groups * _tiles(outputs, config.block_n)
+    words = tuple(_word(source, geometry, b, stream) for b in _INTEGER_WIDTHS)
 
     def launch(widths: tuple[int, ...], rest: bool, slot: int, buckets: Any) -> None:
         order, starts = buckets
         _launch(
             _kernels().mixed_conv2d_kernel, (call.batch * tiles,), call.bits.device,
-            *pointers, stored.scale, stored.zero_point, weight, call.weight.scale, sums,
-            call.bits, order, starts, *affine, *_finish_pointers(call, out), *sizes,
+            source.data, quantizer.scale, quantizer.zero_point, stored.scale, stored.zero_point,
+            weight, call.weight.scale, sums, call.bits, order, starts,
+            call.bias, call.mul, call.add, *_finish_pointers(call, out), *sizes,
             **constants, WIDTHS=tuple(b in widths for b in _INTEGER_WIDTHS), REST=rest,
-            WIDTH_SLOT=slot, STREAM=stream, WORDS=words, BLOCK_N=config.block_n, BLOCK_K=block_k,
-            num_stages=config.num_stages,
+            WIDTH_SLOT=slot, STREAM=stream, WORDS=words, BLOCK_N=config.block_n,
+            # A word of 2-bit codes holds 16 of them.
+            BLOCK_K=max(config.block_k, 32), num_stages=config.num_stages,
         )  # fmt: skip
 
     if not config.buckets:
@@ -422,6 +482,59 @@ def _convolve_integers(
     launch((), True, 4, buckets)
 
 
+def _launch_grouped(
+    source: PackedActivation,
+    weight: Tensor,
+    call: ConvCall,
+    out: Tensor | PackedActivation,
+    config: ConvConfig,
+) -> None:
+    quantizer = _read_quantizer(call, source)
+    constants, sizes, tiles_m = _integer_arguments(call, out, source, config)
+    tiles = tiles_m * _tiles(call.geometry.out_channels, config.block_n)
+    _launch(
+        _kernels().grouped_conv2d_kernel, (call.batch * tiles,), call.bits.device,
+        source.data, quantizer.scale, quantizer.zero_point, weight, call.weight.scale, call.bits,
+        call.bias, call.mul, call.add, *_finish_pointers(call, out), *sizes,
+        **constants, BLOCK_N=config.block_n,
+    )  # fmt: skip
+
+
+def _read_quantizer(call: ConvCall, source: PackedActivation) -> Quantizer:
+    """What the codes that are multiplied stand for."""
+    return source.quantizer if call.input_quantizer is None else call.input_quantizer
+
+
+def _integer_arguments(
+    call: ConvCall, out: Tensor | PackedActivation, source: PackedActivation, config: ConvConfig
+) -> tuple[dict[str, Any], tuple[int, ...], int]:
+    """What both integer kernels take: constants, sizes, and the tiles of a sample's pixels."""
+    geometry, options = call.geometry, call.weight.options
+    _, _, height, width = call.input.shape
+    out_height, out_width = geometry.output_size(height, width)
+    offsets = call.weight.layout.offsets()
+    constants = {
+        **_constants(geometry),
+        **_finish_constants(call, out),
+        "INPUT_INDEX": _index(_read_quantizer(call, source).options),
+        "WEIGHT_INDEX": _index(options),
+        "WEIGHT_OFFSET": tuple(
+            offsets[options.index(b)] if b in options else 0 for b in _INTEGER_WIDTHS
+        ),
+        "CENTRED": tuple(
+            b in options and call.weight.centred[options.index(b)] for b in _INTEGER_WIDTHS
+        ),
+        "BLOCK_M": config.block_m,
+        "num_warps": config.num_warps,
+    }
+    tiles_m = _tiles(out_height * out_width, config.block_m)
+    sizes = (
+        source.data.stride(0), height, width, out_height, out_width,
+        geometry.pad_top, geometry.pad_left, tiles_m,
+    )  # fmt: skip
+    return constants, sizes, tiles_m
+
+
 def _convolve_floats(call: ConvCall, out: Tensor | PackedActivation, rest: bool) -> None:
     geometry = call.geometry
     x = call.input
@@ -430,15 +543,28 @@ def _convolve_floats(call: ConvCall, out: Tensor | PackedActivation, rest: bool)
             x = _float_view(_aligned(x))
         else:
             x = _unpack_dequantize(x, call.bits)
-    weight = _float_weight(call.weight)
+    out_height, out_width = geometry.output_size(*x.shape[2:])
+    parts = geometry.groups if _takes_dots(geometry) else 1
+    configs = float_configs(out_height * out_width, geometry.out_channels // parts)
+    launch = functools.partial(_launch_floats, x, _float_weight(call.weight), rest)
+    _launch_chosen(_conv_problem("float_conv2d_kernel", call), configs, launch, call, out)
+
+
+def _launch_floats(
+    x: Tensor,
+    weight: Tensor,
+    rest: bool,
+    call: ConvCall,
+    out: Tensor | PackedActivation,
+    config: ConvConfig,
+) -> None:
+    geometry = call.geometry
     _, _, height, width = x.shape
     out_height, out_width = geometry.output_size(height, width)
     dots = _takes_dots(geometry)
     parts = geometry.groups if dots else 1
-    outputs = geometry.out_channels // parts
-    config = float_config(out_height * out_width, outputs)
     tiles_m = _tiles(out_height * out_width, config.block_m)
-    tiles = tiles_m * parts * _tiles(outputs, config.block_n)
+    tiles = tiles_m * parts * _tiles(geometry.out_channels // parts, config.block_n)
     _launch(
         _kernels().float_conv2d_kernel, (call.batch * tiles,), call.bits.device,
         x, weight, call.bits, call.bias, call.mul, call.add, *_finish_pointers(call, out),
@@ -451,9 +577,26 @@ def _convolve_floats(call: ConvCall, out: Tensor | PackedActivation, rest: bool)
     )  # fmt: skip
 
 
+def _conv_problem(kernel: str, call: ConvCall, form: str = "") -> Problem:
+    """What the speed of a convolution depends on, to look its configuration up by."""
+    g = call.geometry
+    _, _, height, width = call.input.shape
+    sizes: tuple[int | str, ...] = (
+        f"{g.in_channels}x{height}x{width}",
+        f"{g.out_channels}x{g.kernel_h}x{g.kernel_w}",
+        f"stride{g.stride_h}x{g.stride_w}",
+        f"dilation{g.dilation_h}x{g.dilation_w}",
+        f"groups{g.groups}",
+        "bits" + "-".join(map(str, call.weight.options)),
+    )
+    return Problem(kernel, (*sizes, form) if form else sizes, call.batch)
+
+
 def _float_precision() -> str:
     """TF32 only where PyTorch's own convolutions may use it."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 and not _INTERPRETED else "ieee"
+    # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed and not _INTERPRETED else "ieee"
 
 
 def _takes_dots(geometry: ConvGeometry) -> bool:

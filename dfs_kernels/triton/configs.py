@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,69 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
-def conv_config(pixels: int, outputs: int, depth: int) -> ConvConfig:
-    """A sane configuration for a GPU that no table knows.
+def conv_configs(pixels: int, outputs: int, depth: int, widths: int) -> tuple[ConvConfig, ...]:
+    """What a mixed convolution can be launched with, the sane default first.
 
     Args:
         pixels: of one sample's output. outputs: channels of a group. depth: products per output.
+        widths: how many integer widths are on offer.
     """
-    block_m = power_of_two(pixels, 16, 128)
-    block_n = power_of_two(outputs, 16, 64)
-    # Sums and unpacked operands spill from the registers of fewer threads.
-    num_warps = 8 if block_m * block_n > 64 * 64 else 4
-    return ConvConfig(block_m, block_n, power_of_two(depth, 32, 64), num_warps)
+
+    def tile(most_m: int, most_n: int, most_k: int = 64, stages: int = 3) -> ConvConfig:
+        block_m = power_of_two(pixels, 16, most_m)
+        block_n = power_of_two(outputs, 16, most_n)
+        # Sums and unpacked operands spill from the registers of fewer threads.
+        num_warps = 8 if block_m * block_n > 64 * 64 else 4
+        return ConvConfig(block_m, block_n, power_of_two(depth, 32, most_k), num_warps, stages)
+
+    default = tile(128, 64)
+    others = (
+        tile(64, 64),
+        tile(64, 32),
+        tile(128, 32),
+        tile(32, 64),
+        tile(128, 64, 32),
+        tile(128, 64, 64, 2),
+        tile(128, 64, 64, 4),
+    )
+    buckets = tuple(replace(c, buckets=True) for c in (default, others[0]) if widths > 1)
+    return tuple(dict.fromkeys((default, *others, *buckets)))
 
 
-def grouped_config(pixels: int, outputs: int) -> ConvConfig:
+def grouped_configs(pixels: int, outputs: int) -> tuple[ConvConfig, ...]:
     """The same for narrow groups, whose products are taken one by one."""
-    return ConvConfig(power_of_two(pixels, 16, 64), power_of_two(outputs, 16, 32))
+    tiles = ((64, 32), (32, 32), (128, 16), (64, 16))
+    return _unique(
+        ConvConfig(power_of_two(pixels, 16, m), power_of_two(outputs, 16, n)) for m, n in tiles
+    )
 
 
-def float_config(rows: int, columns: int) -> ConvConfig:
-    """The same for products of float32, which take registers rather than tensor cores."""
-    return ConvConfig(power_of_two(rows, 16, 64), power_of_two(columns, 16, 32), 32)
+def float_configs(rows: int, columns: int) -> tuple[ConvConfig, ...]:
+    """The same for products of float32."""
+    tiles = ((64, 32, 32), (32, 32, 32), (64, 64, 32), (64, 32, 16))
+    return _unique(
+        ConvConfig(power_of_two(rows, 16, m), power_of_two(columns, 16, n), k) for m, n, k in tiles
+    )
 
 
-def pixel_config(pixels: int, channels: int) -> PixelConfig:
-    return PixelConfig(power_of_two(pixels, 16, 128), power_of_two(channels, 8, 64))
+def pixel_configs(pixels: int, channels: int) -> tuple[PixelConfig, ...]:
+    """The same for what goes over the pixels and channels of an image."""
+    tiles = ((128, 64, 4), (64, 64, 4), (256, 32, 4), (32, 128, 4), (256, 64, 8))
+    return _unique(
+        PixelConfig(power_of_two(pixels, 16, p), power_of_two(channels, 8, c), warps)
+        for p, c, warps in tiles
+    )
+
+
+def gate_configs(pixels: int, channels: int) -> tuple[PixelConfig, ...]:
+    """The same for a gate: one program pools a whole sample, so it reads much at a time."""
+    block_c = power_of_two(channels, 8, 64)
+    sizes = ((8192, 8), (4096, 4), (16384, 8), (2048, 4))
+    return _unique(
+        PixelConfig(power_of_two(pixels, 16, size // block_c), block_c, warps)
+        for size, warps in sizes
+    )
+
+
+def _unique(configs: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(configs))

@@ -67,6 +67,19 @@ def test_batch_of_one_decides_as_in_a_larger_batch() -> None:
         assert alone.bits.tolist() == [together.bits[i].item()]
 
 
+def test_the_deployed_gate_decides_as_in_training() -> None:
+    gate = RNNGate([6, 12], (0, 4, 8))
+    features = [torch.randn(5, 6, 3, 4), torch.randn(5, 12, 2, 2)]
+    state = deployed_state = None
+    for index, x in enumerate(features):
+        trained = gate(index, x.double().mean((2, 3)), state)
+        deployed = gate.run(index, x, deployed_state)
+        assert torch.equal(deployed.bits, trained.bits)
+        assert torch.equal(deployed.mask, trained.mask)
+        torch.testing.assert_close(deployed.logits, trained.logits, rtol=1e-11, atol=1e-12)
+        state, deployed_state = trained.state, deployed.state
+
+
 def test_decisions_are_the_same_every_time() -> None:
     torch.manual_seed(3)
     gate = RNNGate([4], (0, 4, 8))

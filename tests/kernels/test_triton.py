@@ -40,10 +40,10 @@ def test_any_convolution(case: ConvCase) -> None:
 def test_buckets_give_the_same(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], output_form: str
 ) -> None:
-    def in_buckets(*sizes: int) -> configs.ConvConfig:
-        return replace(configs.conv_config(*sizes), buckets=True)
+    def in_buckets(*sizes: int) -> tuple[configs.ConvConfig, ...]:
+        return (replace(configs.conv_configs(*sizes)[0], buckets=True),)
 
-    monkeypatch.setattr(backend, "conv_config", in_buckets)
+    monkeypatch.setattr(backend, "conv_configs", in_buckets)
     case = ConvCase(
         bits=batch,
         group_channels=8,
@@ -52,6 +52,18 @@ def test_buckets_give_the_same(
         output_form=output_form,
     )
     assert_matches_reference(build(case), "triton")
+
+
+def test_tf32_follows_the_setting_of_pytorchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            cudnn.conv.fp32_precision = precision
+            assert backend._float_precision() == expected
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def test_samples_are_sorted_by_width() -> None:

@@ -9,6 +9,8 @@ namespace dfs {
 
 // The kernel widths other than 0: 2, 4, 8 and 32 bits.
 constexpr int kMaxWidths = 4;
+// What a gate may choose from: the widths from 0 to 32.
+constexpr int kMaxChoices = 33;
 
 // The widths a tensor may use, ascending. Per-width arrays elsewhere are indexed like `bits`.
 struct WidthTable {
@@ -100,6 +102,31 @@ struct MixedConv2dArgs {
   // May be the residual's own memory. A packed output is written at `output.bits[n]`; a row of
   // width 0 is left as it is.
   FeatureMap output;
+};
+
+// One step of a recurrent gate: H hidden units, one logit for each of K choices. Matrices are
+// (outputs, inputs); the LSTM's rows are those of its input, forget, cell and output gates.
+struct RnnGateArgs {
+  int64_t batch = 0;
+  FeatureMap input;
+  int64_t hidden = 0;
+  int64_t choice_count = 0;
+  int32_t choices[kMaxChoices] = {};  // widths, the cheapest first
+
+  const double* state = nullptr;        // (2, N, H), outputs and cells; null stands for zeros
+  const float* embed_weight = nullptr;  // (H, C)
+  const float* embed_bias = nullptr;    // (H)
+  const float* weight_ih = nullptr;     // (4H, H)
+  const float* weight_hh = nullptr;     // (4H, H)
+  const float* bias_ih = nullptr;       // (4H)
+  const float* bias_hh = nullptr;       // (4H)
+  const float* proj_weight = nullptr;   // (K, H)
+  const float* proj_bias = nullptr;     // (K)
+  const double* choice_bias = nullptr;  // (K)
+
+  int32_t* out_bits = nullptr;   // (N)
+  double* out_logits = nullptr;  // (N, K)
+  double* out_state = nullptr;   // (2, N, H)
 };
 
 // Gradients of a mixed convolution with float weights. Each output may be null: not wanted.
