@@ -5,9 +5,10 @@
 With DFS_CUDA_EMULATE=1 the "cuda" backend uses the module that this makes.
 """
 
+import contextlib
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from build_tools.extension import link_module, module_flags
@@ -22,14 +23,14 @@ from build_tools.toolchain import (
 )
 
 DIRECTORY = Path("build", "cuda-emulator")
-_FLAGS = ("-Icsrc/include", "-Icsrc/cuda", "-DDFS_CUDA_EMULATED")
+FLAGS = ("-Icsrc/include", "-Icsrc/cuda", "-DDFS_CUDA_EMULATED")
 
 
 def compile_kernels(
     ninja: NinjaFile, compiler: HostCompiler, optimization: Sequence[str]
 ) -> list[Path]:
     """Adds the kernels and the emulator; returns their object files."""
-    flags = (*baseline_flags(compiler, optimization), *_FLAGS)
+    flags = (*baseline_flags(compiler, optimization), *FLAGS)
     kernels = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name != "probe.cu"]
     objects = [
         ninja.compile_cpp(compiler, path.relative_to(ROOT), (*flags, "-x", "c++"))
@@ -48,6 +49,18 @@ def module_path() -> Path:
     return ROOT / DIRECTORY / f"_cuda_emulated{suffix}"
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Test processes that start together want the same module."""
+    import fcntl  # not on Windows, where no compiler gets here
+
+    path = ROOT / DIRECTORY / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_module() -> Path:
     """Brings the module up to date; returns its path.
 
@@ -59,11 +72,12 @@ def build_module() -> Path:
         raise BuildError("the emulated CUDA kernels need GCC or Clang")
     ninja = NinjaFile(DIRECTORY)
     objects = compile_kernels(ninja, compiler, ("-O2",))
-    flags = (*module_flags(compiler), *_FLAGS)
+    flags = (*module_flags(compiler), *FLAGS)
     objects.append(ninja.compile_cpp(compiler, Path("csrc/python/cuda_module.cpp"), flags))
     output = module_path().relative_to(ROOT)
     link_module(ninja, compiler, output, objects)
-    ninja.run([output])
+    with _alone():
+        ninja.run([output])
     return ROOT / output
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from build_tools import cuda_emulator
+from build_tools.toolchain import BuildError
 
 # The Triton kernels are tested on CPU tensors. Triton looks at it when they are defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,6 +26,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("dfs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the CUDA kernels emulated too, but in a run of what needs a GPU that is there."""
+    if config.option.markexpr == "gpu" and torch.cuda.is_available():
+        return
+    if "DFS_CUDA_EMULATOR" in os.environ:
+        return
+    try:
+        os.environ["DFS_CUDA_EMULATOR"] = str(cuda_emulator.build_module())
+    except BuildError as error:
+        warnings.warn(f"the CUDA kernels are not tested: {error}", RuntimeWarning, stacklevel=1)
 
 
 @pytest.fixture(autouse=True)

@@ -228,7 +228,8 @@ DFS_DEVICE Epilogue epilogue_of(const ConvParams& p, int64_t n) {
 
 // Whether a skipped sample's codes mean the same in the residual and in the output.
 DFS_DEVICE bool means_the_same(const Epilogue& e) {
-  if (e.residual.row == nullptr || e.row == nullptr || e.residual.bits != e.bits) return false;
+  if (e.residual.row == nullptr || e.row == nullptr) return false;
+  if (e.bits == 0 || e.residual.bits != e.bits) return false;
   return e.bits == 32 || (e.residual.step.scale == e.step.scale &&
                           e.residual.step.zero_point == e.step.zero_point);
 }
