@@ -121,8 +121,8 @@ DFS_DEVICE Step step_of(const SlotQuantizer& quantizer, int bits) {
   const int slot = slot_of(bits);
   const int index = slot < 0 ? -1 : quantizer.index[slot];
   if (index < 0 || bits == 32) return step;
-  step.scale = quantizer.scale[index];
-  step.zero_point = quantizer.zero_point[index];
+  step.scale = to_global(quantizer.scale)[index];
+  step.zero_point = to_global(quantizer.zero_point)[index];
   step.reciprocal = divide(1.0f, step.scale);
   step.low = to_float(-step.zero_point);
   step.high = to_float((1 << bits) - 1 - step.zero_point);
@@ -172,20 +172,26 @@ struct SampleReader {
   Step step;
 
   DFS_DEVICE const float* address(int y, int x, int channel) const {
-    return values + channel * stride_c + y * stride_h + x * stride_w;
+    return to_global(values) + channel * stride_c + y * stride_h + x * stride_w;
   }
-  DFS_DEVICE int code(int y, int x, int channel) const {
-    const int bit = channel * bits;
-    const int64_t pixel = static_cast<int64_t>(y) * width + x;
-    return (row[pixel * pixel_bytes + (bit >> 3)] >> (bit & 7)) & ((1 << bits) - 1);
+  DFS_DEVICE const uint8_t* pixel(int y, int x) const {
+    return to_global(row) + (static_cast<int64_t>(y) * width + x) * pixel_bytes;
   }
+  DFS_DEVICE int code(int y, int x, int channel) const { return code_of(pixel(y, x), channel); }
   DFS_DEVICE float value(int y, int x, int channel) const {
     if (row == nullptr) return *address(y, x, channel);
+    return value_of(pixel(y, x), channel);
+  }
+
+  // Of a pixel's bytes, wherever they are.
+  DFS_DEVICE int code_of(const uint8_t* bytes, int channel) const {
+    const int bit = channel * bits;
+    return (bytes[bit >> 3] >> (bit & 7)) & ((1 << bits) - 1);
+  }
+  DFS_DEVICE float value_of(const uint8_t* bytes, int channel) const {
     if (bits == 0) return 0.0f;
     if (!known) return not_a_number();
-    if (bits != 32) return step.dequantize(code(y, x, channel));
-    const int64_t pixel = static_cast<int64_t>(y) * width + x;
-    return load_float(row + pixel * pixel_bytes + 4 * channel);
+    return bits == 32 ? load_float(bytes + 4 * channel) : step.dequantize(code_of(bytes, channel));
   }
 };
 
@@ -200,7 +206,7 @@ DFS_DEVICE SampleReader reader_of(const Map& map, int64_t n) {
     return reader;
   }
   reader.row = map.codes + n * map.row_bytes;
-  reader.bits = map.bits[n];
+  reader.bits = to_global(map.bits)[n];
   reader.known = offers(map.quantizer, reader.bits);
   reader.pixel_bytes = (map.channels * reader.bits + 7) / 8;
   reader.step = step_of(map.quantizer, reader.bits);

@@ -60,7 +60,7 @@ DFS_DEVICE void stage_input(const ConvParams& p, const SampleReader& reader, con
 // [kProducts][kOutputStride]
 DFS_DEVICE void stage_weights(const ConvParams& p, const FloatTask& task, int first, float* to) {
   const int products = p.group_channels() * p.taps();
-  const auto* weights = static_cast<const float*>(p.tiles[3]);
+  const auto* weights = to_global(static_cast<const float*>(p.tiles[3]));
   for (int i = thread_index(); i < kProducts * kOutputs; i += kThreads) {
     const int k = i % kProducts;
     const int j = i / kProducts;

@@ -56,7 +56,7 @@ DFS_DEVICE int32_t integer_sum(const ConvParams& p, const BlockTask& task, const
   const int channels = p.group_channels();
   const int first = o / p.group_outputs() * channels;
   const int row_bytes = packed_bytes(channels, task.bits);
-  const auto* filter = static_cast<const uint8_t*>(p.tiles[task.slot]) +
+  const auto* filter = to_global(static_cast<const uint8_t*>(p.tiles[task.slot])) +
                        static_cast<int64_t>(o) * p.taps() * row_bytes;
   int32_t sum = 0;
   for_each_tap(p, window, [&](int y, int x, int tap) {
@@ -72,7 +72,7 @@ DFS_DEVICE float float_sum(const ConvParams& p, const SampleReader& reader, cons
                            int o) {
   const int channels = p.group_channels();
   const int first = o / p.group_outputs() * channels;
-  const auto* filter = static_cast<const float*>(p.tiles[3]) + static_cast<int64_t>(o) * p.taps() * channels;
+  const auto* filter = to_global(static_cast<const float*>(p.tiles[3])) + static_cast<int64_t>(o) * p.taps() * channels;
   float sum = 0.0f;
   for_each_tap(p, window, [&](int y, int x, int tap) {
     for (int c = 0; c < channels; ++c) {

@@ -209,7 +209,7 @@ DFS_DEVICE bool has_small_sums(const WeightTiles& tiles) {
 DFS_DEVICE void fill_scalings(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles,
                               int first, Affine* affines, uint32_t* starts) {
   const Step step = input_step(p, task.bits);
-  const auto* level_sums = static_cast<const int32_t*>(p.tiles[task.slot]);
+  const auto* level_sums = to_global(static_cast<const int32_t*>(p.tiles[task.slot]));
   const uint32_t raise = has_small_sums(tiles) ? kRounderBits : 0u;
   for (int i = thread_index(); i < tiles.block_outputs(); i += block_threads()) {
     const int o = first + i;

@@ -73,12 +73,12 @@ struct Affine {
 DFS_DEVICE Affine affine_of(const ConvParams& p, int slot, float input_scale, int o) {
   double step = 1.0;
   if (slot != 3) {
-    const double weight_step = static_cast<double>(p.weight_scale[slot][o]);
+    const double weight_step = static_cast<double>(to_global(p.weight_scale[slot])[o]);
     step = multiply(static_cast<double>(input_scale), p.centred[slot] ? 0.5 * weight_step : weight_step);
   }
-  const double mul = p.mul[slot] == nullptr ? 1.0 : static_cast<double>(p.mul[slot][o]);
-  const double bias = p.bias == nullptr ? 0.0 : static_cast<double>(p.bias[o]);
-  const double shift = p.add[slot] == nullptr ? 0.0 : static_cast<double>(p.add[slot][o]);
+  const double mul = p.mul[slot] == nullptr ? 1.0 : static_cast<double>(to_global(p.mul[slot])[o]);
+  const double bias = p.bias == nullptr ? 0.0 : static_cast<double>(to_global(p.bias)[o]);
+  const double shift = p.add[slot] == nullptr ? 0.0 : static_cast<double>(to_global(p.add[slot])[o]);
   // Adding 0 too: it makes the -0 of a negative gain 0.
   return {to_float(multiply(step, mul)), to_float(add(multiply(bias, mul), shift))};
 }
@@ -100,12 +100,12 @@ DFS_DEVICE BlockTask block_task(const ConvParams& p) {
   BlockTask task;
   task.sample = block_index() / p.tiles_per_sample;
   task.part = block_index() % p.tiles_per_sample;
-  task.bits = p.bits[task.sample];
+  task.bits = to_global(p.bits)[task.sample];
   task.slot = slot_of(task.bits);
   const bool offered = task.slot >= 0 && p.offered[task.slot];
   // Codes that are used as they are have to be stored at the sample's own width.
   const bool stored = p.quantizes || !p.input.packed() || task.bits == 0 ||
-                      p.input.bits[task.sample] == task.bits;
+                      to_global(p.input.bits)[task.sample] == task.bits;
   if (!stored) task.bits = -1;
   if (!offered || !stored) task.slot = -1;
   return task;

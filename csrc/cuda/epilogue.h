@@ -135,12 +135,7 @@ struct Epilogue {
 
   DFS_DEVICE uint8_t* output_pixel(const RunPlace& place) const {
     const int64_t pixel = static_cast<int64_t>(place.y) * width + place.x;
-    return row + pixel * packed_bytes(channels, bits);
-  }
-
-  DFS_DEVICE const uint8_t* residual_pixel(const RunPlace& place) const {
-    const int64_t pixel = static_cast<int64_t>(place.y) * width + place.x;
-    return residual.row + pixel * residual.pixel_bytes;
+    return to_global(row) + pixel * packed_bytes(channels, bits);
   }
 
   template <int kRun>
@@ -154,13 +149,13 @@ struct Epilogue {
       const float value = residual.bits == 0 ? 0.0f : not_a_number();
       DFS_UNROLL for (int i = 0; i < kRun; ++i) r[i] = value;
     } else if (residual.bits == 32) {
-      const uint8_t* from = residual_pixel(place) + 4 * place.first;
+      const uint8_t* from = residual.pixel(place.y, place.x) + 4 * place.first;
       DFS_UNROLL for (int i = 0; i < kRun; ++i) {
         r[i] = i < place.count ? load_float(from + 4 * i) : 0.0f;
       }
     } else {
       int codes[kRun];
-      load_codes<kRun>(residual_pixel(place), residual.bits, place, codes);
+      load_codes<kRun>(residual.pixel(place.y, place.x), residual.bits, place, codes);
       DFS_UNROLL for (int i = 0; i < kRun; ++i) r[i] = residual.step.dequantize(codes[i]);
     }
   }
@@ -168,7 +163,7 @@ struct Epilogue {
   template <int kRun>
   DFS_DEVICE void store(const RunPlace& place, const float (&y)[kRun]) const {
     if (row == nullptr) {
-      float* to = values + place.first * stride_c + place.y * stride_h + place.x * stride_w;
+      float* to = to_global(values) + place.first * stride_c + place.y * stride_h + place.x * stride_w;
       DFS_UNROLL for (int i = 0; i < kRun; ++i) {
         if (i < place.count) to[i * stride_c] = y[i];
       }
@@ -217,7 +212,7 @@ DFS_DEVICE Epilogue epilogue_of(const ConvParams& p, int64_t n) {
     return e;
   }
   e.row = p.output.codes + n * p.output.row_bytes;
-  e.bits = p.output.bits[n];
+  e.bits = to_global(p.output.bits)[n];
   // A width that is no option of the output's leaves the row alone: nothing says what it would mean.
   if (!offers(p.output.quantizer, e.bits)) e.bits = 0;
   e.step = step_of(p.output.quantizer, e.bits);
@@ -249,7 +244,7 @@ DFS_DEVICE void skip_sample(const ConvParams& p, const BlockTask& task) {
     if (same && e.bits != 32) {
       int codes[4];
       uint32_t raised[4];
-      load_codes<4>(e.residual_pixel(place), e.bits, place, codes);
+      load_codes<4>(e.residual.pixel(place.y, place.x), e.bits, place, codes);
       for (int j = 0; j < 4; ++j) raised[j] = kRounderBits + static_cast<uint32_t>(codes[j]);
       store_codes<4>(e.output_pixel(place), e.bits, place, raised);
       continue;
@@ -266,11 +261,11 @@ DFS_DEVICE void fill_sample(const ConvParams& p, const BlockTask& task) {
   const int step = p.tiles_per_sample * block_threads();
   const int start = task.part * block_threads() + thread_index();
   if (out.packed()) {
-    uint8_t* row = out.codes + task.sample * out.row_bytes;
+    uint8_t* row = to_global(out.codes) + task.sample * out.row_bytes;
     for (int64_t i = start; i < out.row_bytes; i += step) row[i] = 0xff;
     return;
   }
-  float* values = out.values + task.sample * out.stride_n;
+  float* values = to_global(out.values) + task.sample * out.stride_n;
   const int items = out.channels * out.pixels();
   for (int i = start; i < items; i += step) {
     const int channel = i / out.pixels();

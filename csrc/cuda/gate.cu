@@ -68,7 +68,7 @@ DFS_DEVICE double sum_over_warp(double value) {
 // share a register, which 257 codes can't overflow.
 DFS_DEVICE void sum_words(const GateParams& p, const SampleReader& reader, int32_t* sums) {
   const int words = p.input.channels / 4;
-  const auto* row = reinterpret_cast<const uint32_t*>(reader.row);
+  const auto* row = reinterpret_cast<const uint32_t*>(to_global(reader.row));
   const int streams = kThreads > words ? kThreads / words : 1;
   for (int i = thread_index(); i < words * streams; i += kThreads) {
     const int word = i % words;

@@ -33,7 +33,7 @@ DFS_DEVICE Piece piece_of(const QuantizeParams& p) {
   piece.sample = block_index() / p.blocks_per_sample;
   piece.first = block_index() % p.blocks_per_sample * p.block_pixels;
   piece.pixels = least(p.block_pixels, p.codes.pixels() - piece.first);
-  piece.bits = p.codes.bits[piece.sample];
+  piece.bits = to_global(p.codes.bits)[piece.sample];
   return piece;
 }
 
@@ -84,20 +84,7 @@ DFS_DEVICE void copy_floats(const QuantizeParams& p, const Piece& piece, uint8_t
   }
 }
 
-DFS_KERNEL(kThreads, 4)
-quantize_pack_kernel(DFS_PARAMS(QuantizeParams) p) {
-  const Piece piece = piece_of(p);
-  if (piece.bits == 0) return;
-  uint8_t* row = p.codes.codes + piece.sample * p.codes.row_bytes;
-  if (!offers(p.codes.quantizer, piece.bits)) {
-    const int step = p.blocks_per_sample * kThreads;
-    int64_t i = block_index() % p.blocks_per_sample * kThreads + thread_index();
-    for (; i < p.codes.row_bytes; i += step) row[i] = 0xff;
-    return;
-  }
-  const int pixel_bytes = packed_bytes(p.codes.channels, piece.bits);
-  uint8_t* target = row + static_cast<int64_t>(piece.first) * pixel_bytes;
-  uint8_t* to = p.in_shared ? shared_memory() : target;
+DFS_DEVICE void write_piece(const QuantizeParams& p, const Piece& piece, uint8_t* to) {
   if (piece.bits == 8) {
     pack_piece<8>(p, piece, to);
   } else if (piece.bits == 4) {
@@ -107,32 +94,57 @@ quantize_pack_kernel(DFS_PARAMS(QuantizeParams) p) {
   } else {
     copy_floats(p, piece, to);
   }
-  if (!p.in_shared) return;
-  sync_block();
-  copy_bytes(to, piece.pixels * pixel_bytes, target);
 }
 
 DFS_KERNEL(kThreads, 4)
-unpack_dequantize_kernel(DFS_PARAMS(QuantizeParams) p) {
+quantize_pack_kernel(DFS_PARAMS(QuantizeParams) p) {
   const Piece piece = piece_of(p);
-  SampleReader reader = reader_of(p.codes, piece.sample);
-  int first = piece.first;
-  if (p.in_shared && reader.known) {
-    const uint8_t* from = reader.row + static_cast<int64_t>(first) * reader.pixel_bytes;
-    copy_bytes(from, piece.pixels * reader.pixel_bytes, shared_memory());
-    sync_block();
-    reader.row = shared_memory();
-    first = 0;
+  if (piece.bits == 0) return;
+  uint8_t* row = to_global(p.codes.codes) + piece.sample * p.codes.row_bytes;
+  if (!offers(p.codes.quantizer, piece.bits)) {
+    const int step = p.blocks_per_sample * kThreads;
+    int64_t i = block_index() % p.blocks_per_sample * kThreads + thread_index();
+    for (; i < p.codes.row_bytes; i += step) row[i] = 0xff;
+    return;
   }
+  const int pixel_bytes = packed_bytes(p.codes.channels, piece.bits);
+  uint8_t* target = to_global(row) + static_cast<int64_t>(piece.first) * pixel_bytes;
+  if (!p.in_shared) {
+    write_piece(p, piece, target);
+    return;
+  }
+  write_piece(p, piece, shared_memory());
+  sync_block();
+  copy_bytes(shared_memory(), piece.pixels * pixel_bytes, target);
+}
+
+// `bytes`: where the piece begins.
+DFS_DEVICE void read_piece(const QuantizeParams& p, const Piece& piece, const SampleReader& reader,
+                           const uint8_t* bytes) {
   const Map& values = p.values;
-  float* to = values.values + piece.sample * values.stride_n;
+  float* to = to_global(values.values) + piece.sample * values.stride_n;
   for (int i = thread_index(); i < values.channels * piece.pixels; i += kThreads) {
     const int channel = i / piece.pixels;
     const int j = i % piece.pixels;
     const int pixel = piece.first + j;
     to[channel * values.stride_c + pixel / values.width * values.stride_h +
-       pixel % values.width * values.stride_w] = reader.value(0, first + j, channel);
+       pixel % values.width * values.stride_w] =
+        reader.value_of(bytes + static_cast<int64_t>(j) * reader.pixel_bytes, channel);
   }
+}
+
+DFS_KERNEL(kThreads, 4)
+unpack_dequantize_kernel(DFS_PARAMS(QuantizeParams) p) {
+  const Piece piece = piece_of(p);
+  const SampleReader reader = reader_of(p.codes, piece.sample);
+  const uint8_t* from = reader.pixel(0, piece.first);
+  if (!p.in_shared || !reader.known) {
+    read_piece(p, piece, reader, from);
+    return;
+  }
+  copy_bytes(from, piece.pixels * reader.pixel_bytes, shared_memory());
+  sync_block();
+  read_piece(p, piece, reader, shared_memory());
 }
 
 QuantizeParams quantize_params(const FeatureMap& values, const FeatureMap& codes) {

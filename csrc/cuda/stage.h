@@ -126,8 +126,8 @@ struct PatchSource {
       const int start = item * kPiece;
       uint8_t* to = patch + (py * p.patch_w + px) * stride + start;
       const bool inside = is_inside(y, x);
-      const uint8_t* from =
-          row + (static_cast<int64_t>(y) * p.input.width + x) * reader.pixel_bytes + start;
+      const int64_t pixel = static_cast<int64_t>(y) * p.input.width + x;
+      const uint8_t* from = to_global(row) + pixel * reader.pixel_bytes + start;
       if constexpr (kBytes > 1) {
         if (inside && start < bytes) {
           copy_async<kBytes>(to, from);
@@ -182,10 +182,9 @@ struct PatchSource {
   DFS_DEVICE uint32_t look_up_word(const uint8_t* lookup, int y, int x, int channel,
                                    int count) const {
     constexpr int kWordCodes = 32 / kBits;
-    const int64_t pixel = static_cast<int64_t>(y) * p.input.width + x;
     const RunPlace place{y, x, channel, count};
     int codes[kWordCodes];
-    load_codes<kWordCodes>(reader.row + pixel * reader.pixel_bytes, reader.bits, place, codes);
+    load_codes<kWordCodes>(reader.pixel(y, x), reader.bits, place, codes);
     uint32_t word = 0;
     DFS_UNROLL for (int i = 0; i < kWordCodes; ++i) {
       if (i < count) word |= static_cast<uint32_t>(lookup[codes[i]]) << (i * kBits);

@@ -23,6 +23,11 @@ inline int block_threads() { return emulator::block_threads(); }
 inline void sync_block() { emulator::sync_block(); }
 inline uint8_t* shared_memory() { return emulator::shared_memory(); }
 
+template <typename T>
+T* to_global(T* pointer) {
+  return pointer;
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
