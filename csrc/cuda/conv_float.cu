@@ -2,7 +2,6 @@
 // products x output channels, both staged in shared memory 16 products at a time. A thread sums 4
 // pixels x 4 channels, each sum in the order of taps and then channels, whatever the batch.
 #include "conv_float.h"
-
 #include "epilogue.h"
 
 namespace dfs::cuda {
@@ -47,8 +46,10 @@ DFS_DEVICE void stage_input(const ConvParams& p, const SampleReader& reader, con
     float value = 0.0f;
     if (product < channels * p.taps() && pixel < p.output.pixels()) {
       const int tap = product / channels;
-      const int y = pixel / p.output.width * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
-      const int x = pixel % p.output.width * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
+      const int y =
+          pixel / p.output.width * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
+      const int x =
+          pixel % p.output.width * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
       if (y >= 0 && y < p.input.height && x >= 0 && x < p.input.width) {
         value = reader.value(y, x, task.group * channels + product % channels);
       }
@@ -105,7 +106,8 @@ conv_float_kernel(DFS_PARAMS(ConvParams) p) {
   const int first = part.group * p.group_outputs() + part.first_output + my_output;
   const Epilogue epilogue = epilogue_of(p, task.sample);
   Affine affines[kRun];
-  DFS_UNROLL for (int j = 0; j < kRun; ++j) affines[j] = affine_of(p, 3, 1.0f, first + (j < count ? j : 0));
+  DFS_UNROLL for (int j = 0; j < kRun; ++j) affines[j] =
+      affine_of(p, 3, 1.0f, first + (j < count ? j : 0));
   DFS_UNROLL for (int i = 0; i < 4; ++i) {
     const int pixel = part.first_pixel + my_pixel + i;
     if (pixel < p.output.pixels()) {
@@ -128,9 +130,11 @@ bool takes_float(const ConvGeometry& g) {
 
 void launch_float(ConvParams p, Stream stream) {
   const int64_t pixel_tiles = ceil_div(p.output.pixels(), kPixels);
-  p.tiles_per_sample = static_cast<int>(pixel_tiles * p.groups * divide_up(p.group_outputs(), kOutputs));
+  p.tiles_per_sample =
+      static_cast<int>(pixel_tiles * p.groups * divide_up(p.group_outputs(), kOutputs));
   constexpr int kShared = kProducts * (kPixelStride + kOutputStride) * 4;
-  launch("conv_float", &conv_float_kernel, {p.batch * p.tiles_per_sample, kThreads, kShared}, p, stream);
+  launch("conv_float", &conv_float_kernel, {p.batch * p.tiles_per_sample, kThreads, kShared}, p,
+         stream);
 }
 
 }  // namespace dfs::cuda

@@ -2,7 +2,6 @@
 // large for shared memory, 8-bit centred weights. Reads canonical weights. A thread computes a run
 // of four output channels of one pixel.
 #include "conv_general.h"
-
 #include "epilogue.h"
 
 namespace dfs::cuda {
@@ -33,7 +32,8 @@ DFS_DEVICE void for_each_tap(const ConvParams& p, const Window& window, Fn fn) {
 // (q - z) of an input element.
 DFS_DEVICE int input_level(const ConvParams& p, const SampleReader& reader, const Step& step, int y,
                            int x, int channel) {
-  const int code = p.quantizes ? step.quantize(reader.value(y, x, channel)) : reader.code(y, x, channel);
+  const int code =
+      p.quantizes ? step.quantize(reader.value(y, x, channel)) : reader.code(y, x, channel);
   return code - step.zero_point;
 }
 
@@ -51,8 +51,9 @@ struct WeightRow {
   }
 };
 
-DFS_DEVICE int32_t integer_sum(const ConvParams& p, const BlockTask& task, const SampleReader& reader,
-                               const Step& step, const Window& window, int o) {
+DFS_DEVICE int32_t integer_sum(const ConvParams& p, const BlockTask& task,
+                               const SampleReader& reader, const Step& step, const Window& window,
+                               int o) {
   const int channels = p.group_channels();
   const int first = o / p.group_outputs() * channels;
   const int row_bytes = packed_bytes(channels, task.bits);
@@ -72,7 +73,8 @@ DFS_DEVICE float float_sum(const ConvParams& p, const SampleReader& reader, cons
                            int o) {
   const int channels = p.group_channels();
   const int first = o / p.group_outputs() * channels;
-  const auto* filter = to_global(static_cast<const float*>(p.tiles[3])) + static_cast<int64_t>(o) * p.taps() * channels;
+  const auto* filter = to_global(static_cast<const float*>(p.tiles[3])) +
+                       static_cast<int64_t>(o) * p.taps() * channels;
   float sum = 0.0f;
   for_each_tap(p, window, [&](int y, int x, int tap) {
     for (int c = 0; c < channels; ++c) {
@@ -100,9 +102,8 @@ conv_general_kernel(DFS_PARAMS(ConvParams) p) {
   for (int i = 0; i < kRun; ++i) {
     const int o = first + least(i, place.count - 1);
     const Affine affine = affine_of(p, task.slot, step.scale, o);
-    const float sum = task.slot == 3
-                          ? float_sum(p, reader, window, o)
-                          : to_float(integer_sum(p, task, reader, step, window, o));
+    const float sum = task.slot == 3 ? float_sum(p, reader, window, o)
+                                     : to_float(integer_sum(p, task, reader, step, window, o));
     y[i] = add(multiply(sum, affine.multiplier), affine.offset);
   }
   epilogue_of(p, task.sample).finish<kRun>(place, y);
@@ -113,7 +114,8 @@ conv_general_kernel(DFS_PARAMS(ConvParams) p) {
 void launch_general(ConvParams p, Stream stream) {
   const int64_t runs = divide_up(p.output.channels, kRun);
   p.tiles_per_sample = static_cast<int>(ceil_div(p.output.pixels() * runs, kThreads));
-  launch("conv_general", &conv_general_kernel, {p.batch * p.tiles_per_sample, kThreads, 0}, p, stream);
+  launch("conv_general", &conv_general_kernel, {p.batch * p.tiles_per_sample, kThreads, 0}, p,
+         stream);
 }
 
 }  // namespace dfs::cuda

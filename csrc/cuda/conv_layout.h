@@ -74,8 +74,9 @@ inline TileShape tile_shape(int outputs) {
   return {8, 2};
 }
 
-// The weights of a layer at one width: for each block of output channels and slice of input channels
-// the fragments in the order in which lanes load them, before all of these the sums of the levels.
+// The weights of a layer at one width: for each block of output channels and slice of input
+// channels the fragments in the order in which lanes load them, before all of these the sums of the
+// levels.
 struct WeightTiles {
   int bits = 0;
   int outputs = 0;
@@ -118,8 +119,8 @@ struct Unit {
   int half = 0;  // which half of its codes, where a step takes only one
 };
 
-// At 2 bits a step makes two multiplications. Where at most two units are left, a lane takes half of
-// one instead, and one multiplication does: 9 taps of 16 channels need 5 of them rather than 6.
+// At 2 bits a step makes two multiplications. Where at most two units are left, a lane takes half
+// of one instead, and one multiplication does: 9 taps of 16 channels need 5 of them rather than 6.
 DFS_HOST_DEVICE bool is_half_step(int bits, int units, int step) {
   return bits == 2 && units - 4 * step <= 2;
 }

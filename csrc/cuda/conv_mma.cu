@@ -6,12 +6,11 @@
 // memory about once, and a weight once a block. conv_layout.h has the order of everything.
 //
 // More channels than 64 bytes hold are worked off in slices, the sums staying in registers. At the
-// end these go through shared memory, so that a thread has 16 channels of a pixel in a row: 16, 8 or
-// 4 bytes to load and store at once, whatever the tensor cores' order.
-// Several blocks share a multiprocessor, and one computes while another waits for its copies:
-// staging in two halves would take the shared memory that these need.
+// end these go through shared memory, so that a thread has 16 channels of a pixel in a row: 16, 8
+// or 4 bytes to load and store at once, whatever the tensor cores' order. Several blocks share a
+// multiprocessor, and one computes while another waits for its copies: staging in two halves would
+// take the shared memory that these need.
 #include "conv_mma.h"
-
 #include "epilogue.h"
 #include "stage.h"
 
@@ -70,7 +69,8 @@ DFS_DEVICE void multiply_words(Sums<kC, kR>& sums, const uint32_t (&x)[kR][2],
                                const uint32_t (&w)[kC], int pair, uint32_t half_step) {
   uint32_t a[kR][4];
   DFS_UNROLL for (int r = 0; r < kR; ++r) {
-    DFS_UNROLL for (int i = 0; i < 4; ++i) a[r][i] = activations<kBits>(x[r][i % 2], 2 * pair + i / 2);
+    DFS_UNROLL for (int i = 0; i < 4; ++i) a[r][i] =
+        activations<kBits>(x[r][i % 2], 2 * pair + i / 2);
   }
   DFS_UNROLL for (int c = 0; c < kC; ++c) {
     const uint32_t b0 = weights<kBits>(w[c], 2 * pair, half_step);
@@ -99,8 +99,8 @@ DFS_DEVICE void load_weights(const uint32_t* step, uint32_t (&w)[kWords]) {
 
 enum class StepKind { kWhole, kMasked, kHalf };
 
-// One step. `pixels`: a lane's pixels in the patch, two of each row tile. `mask`: 0 for a lane whose
-// unit is beyond the last, in a step that is not whole.
+// One step. `pixels`: a lane's pixels in the patch, two of each row tile. `mask`: 0 for a lane
+// whose unit is beyond the last, in a step that is not whole.
 template <int kBits, int kC, int kR, StepKind kKind>
 DFS_DEVICE void multiply_step(Sums<kC, kR>& sums, const uint32_t* step, const uint8_t* patch,
                               const int (&pixels)[kR][2], int offset, uint32_t mask,
@@ -157,8 +157,8 @@ DFS_DEVICE void multiply_slice(Sums<kC, kR>& sums, const uint32_t* fragments, co
   const int whole = units / 4;
   DFS_NO_UNROLL
   for (int step = 0; step < whole; ++step) {
-    multiply_step<kBits, kC, kR, StepKind::kWhole>(sums, fragments + step * kStepWords, patch, pixels,
-                                                offsets[4 * step + lane], 0, half_step);
+    multiply_step<kBits, kC, kR, StepKind::kWhole>(sums, fragments + step * kStepWords, patch,
+                                                   pixels, offsets[4 * step + lane], 0, half_step);
   }
   if (units % 4 == 0) return;
   const uint32_t* last = fragments + whole * kStepWords;
@@ -166,10 +166,12 @@ DFS_DEVICE void multiply_slice(Sums<kC, kR>& sums, const uint32_t* fragments, co
   const uint32_t mask = unit_of(kBits, units, whole, lane).index < units ? ~0u : 0u;
   if (is_half_step(kBits, units, whole)) {
     if constexpr (kBits == 2) {
-      multiply_step<kBits, kC, kR, StepKind::kHalf>(sums, last, patch, pixels, offset, mask, half_step);
+      multiply_step<kBits, kC, kR, StepKind::kHalf>(sums, last, patch, pixels, offset, mask,
+                                                    half_step);
     }
   } else {
-    multiply_step<kBits, kC, kR, StepKind::kMasked>(sums, last, patch, pixels, offset, mask, half_step);
+    multiply_step<kBits, kC, kR, StepKind::kMasked>(sums, last, patch, pixels, offset, mask,
+                                                    half_step);
   }
 }
 
@@ -283,7 +285,8 @@ DFS_DEVICE void finish_tile(const ConvParams& p, const BlockTask& task, const We
     if (count <= 0 || place.y >= p.output.height || place.x >= p.output.width) continue;
     float y[kRun];
     DFS_UNROLL for (int j = 0; j < kRun; j += 4) {
-      const Words4 four = *reinterpret_cast<const Words4*>(sums + pixel * sum_stride(tiles) + first + j);
+      const Words4 four =
+          *reinterpret_cast<const Words4*>(sums + pixel * sum_stride(tiles) + first + j);
       DFS_UNROLL for (int k = 0; k < 4; ++k) {
         y[j + k] = small ? multiply_add(bits_to_float(four.word[k]), unit, -rounder)
                          : to_float(static_cast<int32_t>(four.word[k]) >> shift);
@@ -322,7 +325,8 @@ DFS_DEVICE void stage_slice(const ConvParams& p, const BlockTask& task, const We
 
 template <int kC, int kR>
 DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
-  const WeightTiles tiles{task.bits, p.output.channels, p.input.channels, p.taps(), kC, p.slice_bytes};
+  const WeightTiles tiles{task.bits, p.output.channels, p.input.channels, p.taps(),
+                          kC,        p.slice_bytes};
   const SharedLayout layout = shared_layout(tiles, p.patch_h * p.patch_w, p.tile_h * p.tile_w);
   uint8_t* shared = shared_memory();
   auto* affines = reinterpret_cast<Affine*>(shared + layout.scalings);
@@ -379,8 +383,8 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
   finish_tile(p, task, tiles, place, stored, affines);
 }
 
-// Four blocks to a multiprocessor leave 128 registers to a thread. 64 sums and what goes with them do
-// not fit into these, and 8.x needs some more than 9.0 does.
+// Four blocks to a multiprocessor leave 128 registers to a thread. 64 sums and what goes with them
+// do not fit into these, and 8.x needs some more than 9.0 does.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kNarrowBlocks = 3;
 #else
@@ -408,8 +412,9 @@ struct PatchSize {
 
 // Outputs a stride apart share no input if the kernel covers one pixel: then only that is staged.
 PatchSize patch_size(const ConvParams& p, int tile_h, int tile_w) {
-  return {p.kernel_h == 1 ? tile_h : (tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1,
-          p.kernel_w == 1 ? tile_w : (tile_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1};
+  return {
+      p.kernel_h == 1 ? tile_h : (tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1,
+      p.kernel_w == 1 ? tile_w : (tile_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1};
 }
 
 int shared_bytes(const ConvParams& p, int tile_h, int tile_w) {
@@ -453,9 +458,11 @@ void choose_tile(ConvParams& p, int most_pixels) {
     }
   }
   // Few samples: rather more blocks than whole ones, down to two row tiles.
-  const int64_t blocks = divide_up(p.output.channels, 8 * tile_shape(p.output.channels).column_tiles);
+  const int64_t blocks =
+      divide_up(p.output.channels, 8 * tile_shape(p.output.channels).column_tiles);
   while (p.tile_h > 1 && p.tile_h * p.tile_w > 32 &&
-         p.batch * blocks * ceil_div(p.output.height, p.tile_h) * ceil_div(p.output.width, p.tile_w) <
+         p.batch * blocks * ceil_div(p.output.height, p.tile_h) *
+                 ceil_div(p.output.width, p.tile_w) <
              kEnoughBlocks) {
     p.tile_h = divide_up(p.tile_h, 2);
   }
@@ -485,7 +492,8 @@ bool takes_mma(const ConvGeometry& g, int bits, bool centred) {
   const int64_t products = g.in_channels * g.kernel_h * g.kernel_w;
   const int64_t largest = bits == 8 ? 1 : (int64_t{1} << bits) - 1;
   if (products > 0x7fffffff / (largest * 128)) return false;
-  const int64_t patch = ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 1);
+  const int64_t patch =
+      ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 1);
   const int64_t taps = g.kernel_h * g.kernel_w;
   if (patch > kMaxSharedBytes || taps > 1024) return false;
   const int outputs = static_cast<int>(g.out_channels);
@@ -500,8 +508,12 @@ bool takes_mma(const ConvGeometry& g, int bits, bool centred) {
 WeightTiles weight_tiles(const ConvGeometry& g, int bits) {
   const int taps = static_cast<int>(g.kernel_h * g.kernel_w);
   const int outputs = static_cast<int>(g.out_channels);
-  return {bits, outputs, static_cast<int>(g.in_channels),
-          taps, tile_shape(outputs).column_tiles, slice_bytes(taps, outputs)};
+  return {bits,
+          outputs,
+          static_cast<int>(g.in_channels),
+          taps,
+          tile_shape(outputs).column_tiles,
+          slice_bytes(taps, outputs)};
 }
 
 void launch_mma(ConvParams p, Stream stream) {

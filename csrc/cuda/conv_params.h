@@ -32,8 +32,8 @@ struct ConvParams {
   int dilation_w = 0;
   int groups = 0;
 
-  // By slot. `tiles` is what retile_weight made for the tensor cores; at 32 bits, and for the general
-  // kernel, the canonical codes.
+  // By slot. `tiles` is what retile_weight made for the tensor cores; at 32 bits, and for the
+  // general kernel, the canonical codes.
   const void* tiles[kSlots] = {};
   bool centred[kSlots] = {};
   bool offered[kSlots] = {};
@@ -74,11 +74,13 @@ DFS_DEVICE Affine affine_of(const ConvParams& p, int slot, float input_scale, in
   double step = 1.0;
   if (slot != 3) {
     const double weight_step = static_cast<double>(to_global(p.weight_scale[slot])[o]);
-    step = multiply(static_cast<double>(input_scale), p.centred[slot] ? 0.5 * weight_step : weight_step);
+    step = multiply(static_cast<double>(input_scale),
+                    p.centred[slot] ? 0.5 * weight_step : weight_step);
   }
   const double mul = p.mul[slot] == nullptr ? 1.0 : static_cast<double>(to_global(p.mul[slot])[o]);
   const double bias = p.bias == nullptr ? 0.0 : static_cast<double>(to_global(p.bias)[o]);
-  const double shift = p.add[slot] == nullptr ? 0.0 : static_cast<double>(to_global(p.add[slot])[o]);
+  const double shift =
+      p.add[slot] == nullptr ? 0.0 : static_cast<double>(to_global(p.add[slot])[o]);
   // Adding 0 too: it makes the -0 of a negative gain 0.
   return {to_float(multiply(step, mul)), to_float(add(multiply(bias, mul), shift))};
 }

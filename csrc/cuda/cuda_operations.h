@@ -36,8 +36,8 @@ void quantize_weight(const float* weight, int64_t out_channels, int64_t kernel_h
 // Version of the layout below.
 constexpr int kTileVersion = 1;
 
-// Canonical weights -> the layout of the tensor-core kernel. 0 bytes: the layer takes another one at
-// this width, which reads canonical weights.
+// Canonical weights -> the layout of the tensor-core kernel. 0 bytes: the layer takes another one
+// at this width, which reads canonical weights.
 size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred);
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,
                    void* tile, Stream stream);

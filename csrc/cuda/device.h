@@ -114,7 +114,7 @@ void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
           what + ": setting its shared memory");
   }
   kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
-           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(params);
+           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)> > >(params);
   check(cudaGetLastError(), what);
 }
 

@@ -163,7 +163,8 @@ struct Epilogue {
   template <int kRun>
   DFS_DEVICE void store(const RunPlace& place, const float (&y)[kRun]) const {
     if (row == nullptr) {
-      float* to = to_global(values) + place.first * stride_c + place.y * stride_h + place.x * stride_w;
+      float* to =
+          to_global(values) + place.first * stride_c + place.y * stride_h + place.x * stride_w;
       DFS_UNROLL for (int i = 0; i < kRun; ++i) {
         if (i < place.count) to[i * stride_c] = y[i];
       }
@@ -213,7 +214,8 @@ DFS_DEVICE Epilogue epilogue_of(const ConvParams& p, int64_t n) {
   }
   e.row = p.output.codes + n * p.output.row_bytes;
   e.bits = to_global(p.output.bits)[n];
-  // A width that is no option of the output's leaves the row alone: nothing says what it would mean.
+  // A width that is no option of the output's leaves the row alone: nothing says what it would
+  // mean.
   if (!offers(p.output.quantizer, e.bits)) e.bits = 0;
   e.step = step_of(p.output.quantizer, e.bits);
   // Codes from 0 on cut off what ReLU does, NaN too.
@@ -225,8 +227,8 @@ DFS_DEVICE Epilogue epilogue_of(const ConvParams& p, int64_t n) {
 DFS_DEVICE bool means_the_same(const Epilogue& e) {
   if (e.residual.row == nullptr || e.row == nullptr) return false;
   if (e.bits == 0 || e.residual.bits != e.bits) return false;
-  return e.bits == 32 || (e.residual.step.scale == e.step.scale &&
-                          e.residual.step.zero_point == e.step.zero_point);
+  return e.bits == 32 ||
+         (e.residual.step.scale == e.step.scale && e.residual.step.zero_point == e.step.zero_point);
 }
 
 // 0 bits: y is the residual, untouched, or 0. One of a sample's `parts` blocks does its part.

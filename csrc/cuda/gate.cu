@@ -1,5 +1,5 @@
-// One step of a recurrent gate, in float64: a block pools a sample's features, embeds them, runs the
-// LSTM cell and chooses. What is summed is summed in an order of the sample's own.
+// One step of a recurrent gate, in float64: a block pools a sample's features, embeds them, runs
+// the LSTM cell and chooses. What is summed is summed in an order of the sample's own.
 #include <cmath>
 #include <stdexcept>
 #include <string>

@@ -17,7 +17,8 @@ namespace {
 void check_size(const FeatureMap& map, const char* name) {
   const int64_t values = map.channels * map.height * map.width;
   if (values > std::numeric_limits<int32_t>::max() / 4) {
-    reject(std::string(name) + " has " + std::to_string(values) + " values a sample; at most 2^29 are");
+    reject(std::string(name) + " has " + std::to_string(values) +
+           " values a sample; at most 2^29 are");
   }
 }
 
@@ -77,7 +78,9 @@ Path path_of(const ConvGeometry& g, int slot, bool centred) {
 }  // namespace
 
 #if !defined(DFS_CUDA_EMULATED)
-void set_device(int index) { check(cudaSetDevice(index), "cudaSetDevice(" + std::to_string(index) + ")"); }
+void set_device(int index) {
+  check(cudaSetDevice(index), "cudaSetDevice(" + std::to_string(index) + ")");
+}
 #endif
 
 void mixed_conv2d(const MixedConv2dArgs& args, Stream stream) {

@@ -1,6 +1,6 @@
-// Float feature maps to packed rows and back. A block takes some pixels of one sample with all their
-// channels: a piece of the row without gaps, put together in shared memory and copied 16 bytes at a
-// time, while planes of floats are read and written along their rows.
+// Float feature maps to packed rows and back. A block takes some pixels of one sample with all
+// their channels: a piece of the row without gaps, put together in shared memory and copied 16
+// bytes at a time, while planes of floats are read and written along their rows.
 #include "codes.h"
 #include "conv_layout.h"
 #include "cuda_operations.h"

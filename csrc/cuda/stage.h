@@ -34,7 +34,8 @@ DFS_DEVICE uint32_t quantize_word(const SampleReader& reader, const Step& step, 
 
 // `words` of them, a multiple of 4, both sides aligned to 16 bytes.
 DFS_DEVICE void copy_words(const uint32_t* from, int words, uint32_t* to) {
-  for (int i = 4 * thread_index(); i < words; i += 4 * block_threads()) copy_async<16>(to + i, from + i);
+  for (int i = 4 * thread_index(); i < words; i += 4 * block_threads())
+    copy_async<16>(to + i, from + i);
 }
 
 struct PatchSource {
@@ -71,8 +72,9 @@ struct PatchSource {
     const uint8_t* row = reader.row + first_byte;
     const int padded = tiles.units_of(slice) * unit_bytes(bits);
     // Every address of both sides is a multiple of what all of these are.
-    const auto common = reinterpret_cast<uintptr_t>(row) | static_cast<uintptr_t>(reader.pixel_bytes) |
-                        static_cast<uintptr_t>(bytes) | static_cast<uintptr_t>(stride);
+    const auto common = reinterpret_cast<uintptr_t>(row) |
+                        static_cast<uintptr_t>(reader.pixel_bytes) | static_cast<uintptr_t>(bytes) |
+                        static_cast<uintptr_t>(stride);
     if (common % 16 == 0) {
       stage_codes<16>(patch, row, bytes, padded, tiles, slice, stride);
     } else if (common % 8 == 0) {
@@ -134,7 +136,8 @@ struct PatchSource {
           return;
         }
       } else if (inside) {
-        *reinterpret_cast<uint32_t*>(to) = start < bytes ? load_bytes(from, least(4, bytes - start)) : 0;
+        *reinterpret_cast<uint32_t*>(to) =
+            start < bytes ? load_bytes(from, least(4, bytes - start)) : 0;
         return;
       }
       DFS_UNROLL for (int i = 0; i < kPiece / 4; ++i) {

@@ -43,7 +43,8 @@ quantize_weight_kernel(DFS_PARAMS(QuantizeWeightParams) p) {
   const float* filter = p.weight + o * p.group_channels * p.taps + tap;
   uint32_t byte = 0;
   for (int i = 0; i < per_byte && first + i < p.group_channels; ++i) {
-    byte |= weight_code(filter[(first + i) * p.taps], reciprocal, p.bits, p.centred) << (i * p.bits);
+    byte |= weight_code(filter[(first + i) * p.taps], reciprocal, p.bits, p.centred)
+            << (i * p.bits);
   }
   p.packed[item] = static_cast<uint8_t>(byte);
 }
@@ -140,7 +141,8 @@ void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t 
                        weight_tiles(geometry, bits), centred};
   launch("sum_levels", &sum_levels_kernel, {p.tiles.sum_words(), 32, 0}, p, stream);
   const int64_t words = p.tiles.blocks() * p.tiles.block_words();
-  launch("retile_weight", &retile_weight_kernel, {ceil_div(words, kThreads), kThreads, 0}, p, stream);
+  launch("retile_weight", &retile_weight_kernel, {ceil_div(words, kThreads), kThreads, 0}, p,
+         stream);
 }
 
 }  // namespace dfs::cuda

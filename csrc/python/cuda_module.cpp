@@ -62,11 +62,12 @@ py::tuple architectures() {
 }
 
 void bind_probe(py::module_& module) {
-  module.def("probe", &probe,
-             "What the CUDA runtime sees, as a dict: device_count, devices (name, "
-             "compute_capability, total_memory in bytes, runs: whether a kernel of this module ran "
-             "there, binary_version), driver_version, runtime_version, and error where something is "
-             "missing.");
+  module.def(
+      "probe", &probe,
+      "What the CUDA runtime sees, as a dict: device_count, devices (name, "
+      "compute_capability, total_memory in bytes, runs: whether a kernel of this module ran "
+      "there, binary_version), driver_version, runtime_version, and error where something is "
+      "missing.");
   module.def("architectures", &architectures,
              "The GPU architectures compiled in: sm_* machine code, compute_* PTX.");
   module.def("set_device", &dfs::cuda::set_device, py::arg("index"),

@@ -94,8 +94,8 @@ inline void bind_quantizer(py::module_& module) {
   def_pointer(cls, "zero_point", &dfs::Quantizer::zero_point);
 }
 
-inline dfs::FeatureMap map_of_values(Address values, int64_t channels, int64_t height, int64_t width,
-                              const std::array<int64_t, 4>& strides) {
+inline dfs::FeatureMap map_of_values(Address values, int64_t channels, int64_t height,
+                                     int64_t width, const std::array<int64_t, 4>& strides) {
   dfs::FeatureMap map;
   map.channels = channels;
   map.height = height;
@@ -109,8 +109,9 @@ inline dfs::FeatureMap map_of_values(Address values, int64_t channels, int64_t h
 }
 
 inline dfs::FeatureMap map_of_codes(Address codes, int64_t channels, int64_t height, int64_t width,
-                             int64_t row_bytes, Address bits, const std::vector<int32_t>& widths,
-                             Address scale, Address zero_point) {
+                                    int64_t row_bytes, Address bits,
+                                    const std::vector<int32_t>& widths, Address scale,
+                                    Address zero_point) {
   dfs::FeatureMap map;
   map.channels = channels;
   map.height = height;

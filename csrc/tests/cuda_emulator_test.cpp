@@ -148,10 +148,12 @@ DFS_TEST(emulator_notices_writes_past_shared_memory) {
 
 DFS_TEST(emulator_notices_copies_that_are_misaligned_or_not_waited_for) {
   alignas(16) static const uint8_t source[32] = {};
-  expect_failure(+[](Nothing) { dfs::cuda::copy_async<8>(dfs::cuda::shared_memory(), source + 4); },
-                 "not aligned");
-  expect_failure(+[](Nothing) { dfs::cuda::copy_async<16>(dfs::cuda::shared_memory(), source); },
-                 "copies under way");
+  expect_failure(
+      +[](Nothing) { dfs::cuda::copy_async<8>(dfs::cuda::shared_memory(), source + 4); },
+      "not aligned");
+  expect_failure(
+      +[](Nothing) { dfs::cuda::copy_async<16>(dfs::cuda::shared_memory(), source); },
+      "copies under way");
 }
 
 DFS_TEST(emulator_delivers_copies_when_they_are_waited_for) {

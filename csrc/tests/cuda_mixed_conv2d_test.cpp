@@ -1,5 +1,5 @@
-// The CUDA kernels in the emulator against the definition, on memory that notices every byte read or
-// written beside its own when AddressSanitizer is there.
+// The CUDA kernels in the emulator against the definition, on memory that notices every byte read
+// or written beside its own when AddressSanitizer is there.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -55,8 +55,8 @@ void check_on_cuda(ConvCase& c) {
     const size_t bytes = dfs::cuda::tile_bytes(c.sizes.geometry, bits, c.weight.centred[i]);
     if (bytes == 0) continue;
     uint8_t* tile = tiles.add(bytes);
-    dfs::cuda::retile_weight(c.sizes.geometry, c.weight.packed[i].data(), bits,
-                             c.weight.centred[i], tile, nullptr);
+    dfs::cuda::retile_weight(c.sizes.geometry, c.weight.packed[i].data(), bits, c.weight.centred[i],
+                             tile, nullptr);
     args.weight.tiles[i] = tile;
   }
   dfs::cuda::mixed_conv2d(args, nullptr);
@@ -85,9 +85,10 @@ DFS_TEST(cuda_mixed_conv2d_of_residual_networks) {
     int64_t stride;
   };
   Random random(seed());
-  for (const Layer& layer : {Layer{16, 16, 18, 3, 1}, Layer{32, 32, 9, 3, 1}, Layer{64, 64, 8, 3, 1},
-                             Layer{16, 32, 12, 3, 2}, Layer{32, 64, 8, 1, 2}, Layer{160, 72, 5, 3, 1},
-                             Layer{3, 16, 20, 3, 1}, Layer{16, 16, 9, 5, 1}}) {
+  for (const Layer& layer :
+       {Layer{16, 16, 18, 3, 1}, Layer{32, 32, 9, 3, 1}, Layer{64, 64, 8, 3, 1},
+        Layer{16, 32, 12, 3, 2}, Layer{32, 64, 8, 1, 2}, Layer{160, 72, 5, 3, 1},
+        Layer{3, 16, 20, 3, 1}, Layer{16, 16, 9, 5, 1}}) {
     ConvCase c;
     dfs::ConvGeometry& g = c.sizes.geometry;
     g.in_channels = layer.channels;

@@ -34,8 +34,8 @@ _MODULES: dict[str, ModuleType] = {
 }
 _NAMES = tuple(_MODULES)
 
-# Which backend an op takes on a device when nobody asks for one, best first. On GPUs nothing has been
-# measured yet: "cuda" moves to the front when a benchmark in bench/results says that it is faster.
+# Which backend an op takes on a device when nobody asks for one, best first. On GPUs nothing has
+# been measured yet: "cuda" moves to the front when bench/results has it faster.
 _DEFAULTS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),

@@ -64,12 +64,12 @@ def unpack_bits(packed: Tensor, bits: int, channels: int, signed: bool) -> Tenso
 
 
 def quantize_pack(x: Tensor, out: PackedActivation) -> None:
-    _cpu.quantize_pack(native.feature_map(_cpu, x), native.feature_map(_cpu, out), out.shape[0], _threads())
+    _cpu.quantize_pack(_feature_map(x), _feature_map(out), out.shape[0], _threads())
 
 
 def unpack_dequantize(packed: PackedActivation) -> Tensor:
     out = torch.empty(packed.shape, dtype=torch.float32)
-    _cpu.unpack_dequantize(native.feature_map(_cpu, packed), native.feature_map(_cpu, out), packed.shape[0], _threads())
+    _cpu.unpack_dequantize(_feature_map(packed), _feature_map(out), packed.shape[0], _threads())
     return out
 
 
@@ -162,13 +162,13 @@ def mixed_conv2d_backward(
     args.geometry = native.geometry(_cpu, call.geometry)
     args.widths = list(weight.options)
     args.centred = list(weight.centred)
-    args.input = native.feature_map(_cpu, x)
+    args.input = _feature_map(x)
     if call.input_quantizer is not None:
         args.input_quantizer = native.quantizer(_cpu, call.input_quantizer)
     args.weight = values.data_ptr()
     args.weight_scale = native.pointer(weight.scale)
     args.mul, args.bias = native.pointer(call.mul), native.pointer(call.bias)
-    args.grad_output = native.feature_map(_cpu, grad_output)
+    args.grad_output = _feature_map(grad_output)
     args.grad_input = native.pointer(gradients.input)
     args.grad_weight = native.pointer(gradients.weight)
     args.grad_input_scale = native.pointer(gradients.input_scale)
@@ -181,9 +181,13 @@ def mixed_conv2d_backward(
 
 def rnn_gate(call: GateCall, out: GateStep) -> None:
     weights = [value.contiguous() for value in call.weights]
-    features = native.feature_map(_cpu, call.input)
+    features = _feature_map(call.input)
     args = native.gate_args(_cpu, features, weights, call.choices, call.state, out)
     _cpu.rnn_gate(args, _threads())
+
+
+def _feature_map(x: Tensor | PackedActivation) -> Any:
+    return native.feature_map(_cpu, x)
 
 
 def _threads() -> int:

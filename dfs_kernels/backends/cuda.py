@@ -10,6 +10,7 @@ checking them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -203,7 +204,7 @@ def _native_weight(weight: ConvWeight, geometry: Any) -> tuple[Any, list[Tensor]
     # Where a width has no tiles the kernels read its canonical codes.
     addresses = [
         tiles.data_ptr() + start if end > start else codes[i].data_ptr()
-        for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True))
+        for i, (start, end) in enumerate(itertools.pairwise(offsets))
     ]
     result = native.weight(_cuda, options, centred, addresses)
     result.scale = native.pointer(weight.scale)

@@ -226,8 +226,7 @@ void sync_block() { wait_for(Wait::kBlock); }
 
 void copy_async(void* shared, const void* global, int bytes) {
   const auto* to = static_cast<uint8_t*>(shared);
-  const bool inside =
-      to >= block->shared() && to + bytes <= block->shared() + block->shared_bytes;
+  const bool inside = to >= block->shared() && to + bytes <= block->shared() + block->shared_bytes;
   if (!inside) block->fail("a copy leads outside of shared memory");
   const auto misaligned = [bytes](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) != 0;

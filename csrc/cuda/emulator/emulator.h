@@ -1,9 +1,9 @@
-// Runs kernels on a CPU, to check what they compute where there is no GPU: blocks one after another,
-// the threads of a block as fibers that meet at barriers and at the operations of a warp.
+// Runs kernels on a CPU, to check what they compute where there is no GPU: blocks one after
+// another, the threads of a block as fibers that meet at barriers and at the operations of a warp.
 //
-// It is strict where a GPU is silent. Shared memory starts poisoned and has guard bands, asynchronous
-// copies arrive only when they are waited for, threads take turns in changing order, and a barrier
-// that some thread can't reach is an error. It says nothing about speed.
+// It is strict where a GPU is silent. Shared memory starts poisoned and has guard bands,
+// asynchronous copies arrive only when they are waited for, threads take turns in changing order,
+// and a barrier that some thread can't reach is an error. It says nothing about speed.
 #pragma once
 
 #include <cstdint>

@@ -6,6 +6,7 @@
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -19,7 +20,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 #endif
 
 #if defined(__x86_64__)
-// swapcontext() asks the kernel for the signal mask each time, which takes longer than all the rest.
+// swapcontext() asks the kernel for the signal mask each time, which takes longer than all the
+// rest.
 extern "C" void dfs_emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -57,9 +59,7 @@ struct Context {
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     stack_pointer = top;
   }
-  void switch_to(Context& other) {
-    dfs_emulator_switch(&stack_pointer, other.stack_pointer);
-  }
+  void switch_to(Context& other) { dfs_emulator_switch(&stack_pointer, other.stack_pointer); }
 };
 #else
 struct Context {
@@ -132,6 +132,10 @@ void Fiber::start(std::function<void()> body) {
   state_->error = nullptr;
   state_->done = false;
   state_->fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  // The function before never left its frames.
+  ASAN_UNPOISON_MEMORY_REGION(state_->stack.get(), kStackBytes);
+#endif
   state_->own.prepare(state_->stack.get(), &State::enter);
 }
 
