@@ -113,9 +113,12 @@ void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
           what + ": setting its shared memory");
   }
-  kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
-           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)> > >(params);
-  check(cudaGetLastError(), what);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(
+            reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),
+            dim3(static_cast<unsigned>(shape.threads)), arguments,
+            static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)),
+        what);
 }
 
 }  // namespace dfs::cuda

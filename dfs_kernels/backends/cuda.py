@@ -63,7 +63,8 @@ def unavailable_reason() -> str | None:
         return f"there is no CUDA device ({_cuda.probe().get('error', 'PyTorch finds none')})"
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if max(found) < _LEAST_CAPABILITY:
-        return f"the GPU has compute capability {max(found)}, and {_LEAST_CAPABILITY} is needed"
+        names = [f"{major}.{minor}" for major, minor in (max(found), _LEAST_CAPABILITY)]
+        return f"the GPU has compute capability {names[0]}, and {names[1]} is needed"
     return None
 
 
