@@ -10,6 +10,7 @@
 
 #if defined(DFS_CUDA_EMULATED)
 #define DFS_MODULE _cuda_emulated
+#include "emulator/emulator.h"
 #else
 #define DFS_MODULE _cuda
 #include "dfs/cuda_probe.h"
@@ -149,7 +150,10 @@ void bind_convolution(py::module_& module) {
 PYBIND11_MODULE(DFS_MODULE, module) {
   module.doc() = "CUDA kernels of dfs_kernels; importing it needs neither a driver nor a GPU.";
   module.attr("tile_version") = dfs::cuda::kTileVersion;
-#if !defined(DFS_CUDA_EMULATED)
+#if defined(DFS_CUDA_EMULATED)
+  module.def("take_launches", &dfs::cuda::emulator::take_launches,
+             "Names of the kernels that were run since the last call.");
+#else
   bind_probe(module);
 #endif
   bind_structs(module);

@@ -11,11 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfs_kernels import PackedActivation, PackedConvWeight, available_backends
+from dfs_kernels import (
+    GateStep,
+    PackedActivation,
+    PackedConvWeight,
+    available_backends,
+    mixed_conv2d,
+    mixed_conv2d_,
+    quantize_pack,
+    rnn_gate,
+)
 from dfs_kernels.backends import cuda
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import row_bytes
 from tests.kernels.cases import ConvCase, assert_matches_reference, build, run, sample_bits, subset
+from tests.kernels.test_gate import gate_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +138,44 @@ def test_quantize_pack_fills_an_unknown_width() -> None:
     assert bool((packed.data[1] == 0xFF).all())
     assert bool((packed.data[2] == 0x5A).all())
     assert bool(cuda.unpack_dequantize(packed)[1].isnan().all())
+
+
+@emulated
+def test_a_gated_block_is_three_launches() -> None:
+    """Two convolutions and the gate of the next block, on the 8-bit stream in place."""
+    options, channels = (2, 4, 8), 16
+    scales = {b: 0.02 * 2 ** (8 - b) for b in options}
+    weights = [
+        PackedConvWeight.from_float(
+            torch.randn(channels, channels, 3, 3),
+            {b: torch.full((channels,), 4.0 / 2**b) for b in options},
+            options,
+        )
+        for _ in range(2)
+    ]
+    gate = gate_weights(channels)
+    images = torch.rand(5, channels, 8, 8) * 3
+    bits = torch.tensor([8, 0, 2, 4, 8], dtype=torch.int32)
+
+    def run_block(backend: str) -> tuple[PackedActivation, GateStep]:
+        stream = quantize_pack(images, 8, 0.013, backend=backend)
+        if backend == "cuda":
+            cuda._cuda.take_launches()
+        middle = mixed_conv2d(
+            stream, weights[0], bits, scales, padding=1, activation="relu", output_scale=scales,
+            backend=backend,
+        )  # fmt: skip
+        mixed_conv2d_(
+            middle, weights[1], bits, padding=1, residual=stream, activation="relu", backend=backend
+        )
+        return stream, rnn_gate(stream, gate, (0, 2, 4, 8), backend=backend)
+
+    run_block("cuda")  # makes the tiles, which are kept
+    stream, step = run_block("cuda")
+    assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
+    expected_stream, expected_step = run_block("reference")
+    assert torch.equal(stream.data, expected_stream.data)
+    assert torch.equal(step.bits, expected_step.bits)
 
 
 @emulated

@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -55,6 +56,7 @@ struct Block {
 };
 
 thread_local Block* block = nullptr;
+thread_local std::vector<std::string> launches;
 
 void wait_for(Wait what) {
   Thread& self = block->running();
@@ -204,6 +206,7 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
     throw std::runtime_error(std::string("emulated kernel ") + name + ": " +
                              std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
+  launches.emplace_back(name);
   block = &kept;
   block->name = name;
   block->threads = shape.threads;
@@ -217,6 +220,8 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
     run_block(kernel);
   }
 }
+
+std::vector<std::string> take_launches() { return std::exchange(launches, {}); }
 
 int thread_index() { return block->current; }
 int block_index() { return block->index; }

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <vector>
 
 #include "launch.h"
 
@@ -15,6 +17,9 @@ namespace dfs::cuda::emulator {
 
 // Throws std::runtime_error, naming the kernel, for what would hang or corrupt memory on a GPU.
 void run(const char* name, const LaunchShape& shape, const std::function<void()>& kernel);
+
+// The kernels that this thread has run since it asked last.
+std::vector<std::string> take_launches();
 
 // Of the thread that is running, within run().
 int thread_index();
