@@ -16,11 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from build_tools.csrc_tests import SANITIZER_FLAGS, link_with_library
+from build_tools.csrc_tests import SANITIZER_FLAGS, build_directory, link_with_library
 from build_tools.toolchain import ROOT, BuildError, HostCompiler, find_host_compiler
 
 _DIRECTORY = Path("build", "csrc-fuzz")
-_SANITIZERS = "address,undefined"
+_SANITIZERS = ("address", "undefined")
+_SANITIZE = ",".join(_SANITIZERS)
 # What GCC defines under -fsanitize=address; the sources ask for it.
 _CLANG_SAYS_SO = ("-U__SANITIZE_ADDRESS__", "-D__SANITIZE_ADDRESS__=1")
 
@@ -40,7 +41,7 @@ def find_libfuzzer() -> HostCompiler | None:
             'extern "C" int LLVMFuzzerTestOneInput(const uint8_t*, size_t) { return 0; }\n'
         )
         output = Path(directory, "probe")
-        command = [*compiler.command, f"-fsanitize=fuzzer,{_SANITIZERS}", str(source)]
+        command = [*compiler.command, f"-fsanitize=fuzzer,{_SANITIZE}", str(source)]
         result = subprocess.run([*command, "-o", str(output)], capture_output=True)
     return compiler if result.returncode == 0 else None
 
@@ -55,16 +56,17 @@ def build_executable() -> Path:
     sources = [tests / "check.cpp", tests / "fuzz_mixed_conv2d.cpp"]
     compiler = find_libfuzzer()
     if compiler is not None:
-        flags = (f"-fsanitize=fuzzer-no-link,{_SANITIZERS}", *SANITIZER_FLAGS, *_CLANG_SAYS_SO)
-        link = (f"-fsanitize=fuzzer,{_SANITIZERS}",)
+        flags = (f"-fsanitize=fuzzer-no-link,{_SANITIZE}", *SANITIZER_FLAGS, *_CLANG_SAYS_SO)
+        link = (f"-fsanitize=fuzzer,{_SANITIZE}",)
         executable = _DIRECTORY / "libfuzzer" / "fuzz-mixed-conv2d"
         return link_with_library(compiler, sources, executable, flags, flags, link)
     compiler = find_host_compiler()
     if compiler.is_msvc:
         raise BuildError("the fuzz target needs GCC or Clang")
     sources.append(tests / "fuzz_driver.cpp")
-    sanitize = (f"-fsanitize={_SANITIZERS}", *SANITIZER_FLAGS)
-    executable = _DIRECTORY / "driver" / "fuzz-mixed-conv2d"
+    sanitize = (f"-fsanitize={_SANITIZE}", *SANITIZER_FLAGS)
+    # Beside the C++ tests under the same sanitizers, whose objects it shares.
+    executable = build_directory(list(_SANITIZERS)) / "fuzz-mixed-conv2d"
     return link_with_library(compiler, sources, executable, sanitize, sanitize, sanitize)
 
 
@@ -89,6 +91,7 @@ def main() -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    (ROOT / _DIRECTORY).mkdir(parents=True, exist_ok=True)
     command = [str(executable), f"-artifact_prefix={_DIRECTORY}/"]
     if options.inputs:
         command += [str(path.resolve()) for path in options.inputs]

@@ -1,8 +1,21 @@
 """Dynamic Fractional Skipping: networks that spend only the bits each input needs."""
 
-from dfs.models import DynamicResNet, PlainResNet, build_model
+from dfs.convert import make_dynamic
+from dfs.latency import LatencyTable
+from dfs.models import PAPER, DynamicResNet, PlainResNet, build_model
 from dfs.nn import DFSConv2d
+from dfs.train.calibrate import calibrate
 
 __version__ = "0.1.0"
 
-__all__ = ["DFSConv2d", "DynamicResNet", "PlainResNet", "__version__", "build_model"]
+__all__ = [
+    "PAPER",
+    "DFSConv2d",
+    "DynamicResNet",
+    "LatencyTable",
+    "PlainResNet",
+    "__version__",
+    "build_model",
+    "calibrate",
+    "make_dynamic",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,10 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dfs
+from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
+from dfs.data.picture import PictureError
+from dfs.latency import LatencyTable
+from dfs.models import DynamicResNet, build_model
+from dfs.predict import Predictor, predictions_table
 from dfs.report import ResultRow, results_table
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
 from dfs.train.config import PRESETS
+from dfs.train.network import load_network
 from dfs.train.trainer import stage_names
 
 USER_ERROR = 2
@@ -42,6 +48,18 @@ _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+_DATASET_HELP = f"Kind of data set: {', '.join((AUTO, *DATASETS))}."
+Dataset = Annotated[str | None, typer.Option(help=_DATASET_HELP)]
+Data = Annotated[Path | None, typer.Option(help="Folder of the data set's files.")]
+Waived = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-unverified-data",
+        help="A data set or file that may differ from its published checksum; may be repeated.",
+    ),
+]
+
+
 class UserError(Exception):
     """A mistake of the user's, told in one line."""
 
@@ -52,7 +70,7 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message(), USER_ERROR)
-    except (UserError, CheckpointError, ImportError, OSError) as error:
+    except (UserError, CheckpointError, DataError, ImportError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except StageError as error:
         _fail(str(error), RUN_FAILED)
@@ -102,6 +120,9 @@ def train(
         str | None, typer.Option(help="Widths on offer, such as 0,2,4,8 or 0,2,4,8,32.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    dataset: Dataset = None,
+    data: Data = None,
+    waived: Waived = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other setting, as name=value; may be repeated."),
@@ -114,12 +135,13 @@ def train(
     overrides = {name: value for name, value in given.items() if value is not None}
     checkpoint = out / "checkpoint.pt"
     if resume:
-        if overrides or setting:
-            raise UserError("--resume takes its settings from the run; give no others")
-        trainer = Trainer.load(out)
+        if overrides or setting or dataset or waived:
+            raise UserError("--resume takes its settings from the run; give none but --data")
+        trainer = Trainer.load(out, data_folder=data)
     else:
         if checkpoint.exists():
             raise UserError(f"{out} already holds a run; use --resume, or another --out")
+        overrides |= _data_settings(dataset, data, waived)
         trainer = _make_trainer(_configure(preset, overrides, setting or []), out)
     with _run_control() as control:
         finished = trainer.run(None, control.progress, control.stopping)
@@ -132,20 +154,110 @@ def train(
 
 @app.command(name="eval")
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, or a checkpoint.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    data: Data = None,
+    waived: Waived = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
-    trainer = Trainer.load(run)
+    if run.is_file():
+        _report_network(run, split, data, waived or [], as_json)
+        return
+    if waived:
+        raise UserError("--allow-unverified-data is for checkpoints; a run keeps its own")
+    trainer = Trainer.load(run, data_folder=data)
     if not trainer.done:
         raise UserError(
             f"{run} is not finished: it is in stage {stage_names()[trainer.stage_index]!r}; "
             "dfs train --resume goes on with it"
         )
     _report_run(trainer, split, as_json)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any common format and size.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a finished run, or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Class, confidence, every block's bits, cost and time of each picture."""
+    found = list(Predictor.from_checkpoint(checkpoint).predict(images))
+    unreadable = [error for error in found if isinstance(error, PictureError)]
+    predictions = [one for one in found if not isinstance(one, PictureError)]
+    if as_json:
+        _print_json(
+            {
+                "checkpoint": str(checkpoint),
+                "predictions": [one.to_dict() for one in predictions],
+                "unreadable": [str(error) for error in unreadable],
+            }
+        )
+    elif predictions:
+        Console().print(predictions_table(predictions))
+    for error in unreadable:
+        print(f"dfs: {error}", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command(name="import-authors")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="Such as the authors' model_best.pth.tar.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    choices: Annotated[
+        str | None, typer.Option(help="What the gate's outputs mean, such as 0,4,8,16,32.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint of the paper's authors (Torment123/DFS) into one of this project's."""
+    from dfs.import_authors import import_authors
+
+    if out.exists():
+        raise UserError(f"--out {out} is there already")
+    found = import_authors(file, out, None if choices is None else _parse_choices(choices))
+    if as_json:
+        _print_json({"checkpoint": str(out), **found.to_dict()})
+    else:
+        widths = "/".join(map(str, found.choices))
+        print(f"{out}: ResNet-{found.depth} for {found.dataset}, choices {widths}")
+
+
+@app.command()
+def bench(
+    latency_table: Annotated[
+        Path, typer.Option(help="File to write, milliseconds per block shape and width.")
+    ],
+    model: Annotated[str, typer.Option(help="Such as resnet20.")] = "resnet20",
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    classes: Annotated[int, typer.Option(help="How many there are.")] = 10,
+    choices: Annotated[str, typer.Option(help="Widths that the gate picks from.")] = "0,2,4,8",
+    gate: Annotated[str, typer.Option(help="rnn, feedforward or constant.")] = "rnn",
+    stream: Annotated[str, typer.Option(help="uint8 or float32.")] = "uint8",
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a network's parts take on this machine, as the table that a cost needs."""
+    try:
+        network = build_model(
+            model, classes, channels, _parse_choices(choices), stream, gate=gate
+        ).eval()
+        assert isinstance(network, DynamicResNet)
+        with Console(stderr=True).status("measuring") as status:
+            table = LatencyTable.measure(
+                network, (image_size, image_size), batch, threads, progress=status.update
+            )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    table.save(latency_table)
+    if as_json:
+        _print_json(table.to_dict())
+    else:
+        Console().print(_latency_summary(table))
 
 
 @app.command()
@@ -234,6 +346,24 @@ def _stopped(advice: str) -> int:
     return RUN_FAILED
 
 
+def _data_settings(
+    dataset: str | None, data: Path | None, waived: list[str] | None
+) -> dict[str, Any]:
+    """The settings that say which data to train on; a folder alone says what it holds."""
+    settings: dict[str, Any] = {}
+    if data is None and dataset == AUTO:
+        raise UserError("--dataset auto needs --data, the folder to look into")
+    if data is not None and dataset in (None, AUTO):
+        dataset = recognise(data)
+    if dataset is not None:
+        settings["dataset"] = dataset
+    if data is not None:
+        settings["data"] = str(data.resolve())
+    if waived:
+        settings["allow_unverified"] = tuple(waived)
+    return settings
+
+
 def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> TrainConfig:
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -291,16 +421,59 @@ def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
 
 def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
     images = trainer.data.val if split == "val" else trainer.data.test
-    config = trainer.config
     rows = [ResultRow("static, 32 bits", evaluate(trainer.plain, images))]
-    rows.append(ResultRow(f"DFS, target {config.target:.2%}", evaluate(trainer.model, images)))
+    name = f"DFS, target {trainer.config.target:.2%}"
+    rows.append(ResultRow(name, evaluate(trainer.model, images)))
+    _print_results(trainer.config, trainer.data, split, rows, as_json)
+
+
+def _report_network(
+    path: Path, split: str, data: Path | None, waived: Sequence[str], as_json: bool
+) -> None:
+    """A checkpoint that no run surrounds: there is no float network beside it."""
+    network = load_network(path)
+    config = network.config
+    if data is None and config.data:
+        data = Path(config.data)
+    try:
+        found = load_dataset(
+            config.dataset, config.seed, data, config.image_size, waived or config.allow_unverified
+        ).prepared(network.preprocessing)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    rows = [ResultRow("DFS", evaluate(network.model, found.val if split == "val" else found.test))]
+    _print_results(config, found, split, rows, as_json)
+
+
+def _print_results(
+    config: TrainConfig, data: DataSplits, split: str, rows: list[ResultRow], as_json: bool
+) -> None:
+    record = data.record()
     if as_json:
-        _print_json(
-            {"split": split, "config": config.to_dict(), "rows": [r.to_dict() for r in rows]}
-        )
+        shown = [row.to_dict() for row in rows]
+        _print_json({"split": split, "config": config.to_dict(), "data": record, "rows": shown})
         return
+    images = data.val if split == "val" else data.test
     title = f"{config.model} on {config.dataset}, {len(images)} {split} images"
+    unverified = record["unverified"]
+    if unverified:
+        title += f"; not as published: {', '.join(unverified)}"
     Console().print(results_table(rows, title))
+
+
+def _latency_summary(table: LatencyTable) -> Table:
+    parts = table.to_dict()["milliseconds_per_image"]
+    widths = sorted({int(bits) for times in parts.values() for bits in times})
+    shown = Table(
+        title=f"Milliseconds per image, batches of {table.batch}, {table.threads} threads"
+    )
+    shown.add_column("part")
+    for bits in widths:
+        shown.add_column(f"{bits} bits", justify="right")
+    for part, times in parts.items():
+        cells = (times.get(str(bits)) for bits in widths)
+        shown.add_row(part, *("" if t is None else f"{t:.4f}" for t in cells))
+    return shown
 
 
 def _cuda_module() -> dict[str, Any]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dfs.data.dataset import DataSplits, ImageSet, register
+from dfs.data.dataset import DataSplits, ImageSet
+from dfs.data.preprocessing import Preprocessing
+from dfs.data.raw import fixed_order, share_with_gates
 
 SIZE = 12
-# The split is fixed, so that figures can be compared.
-_SPLIT_SEED = 20200107
 _TEST, _VAL = 360, 180
 _LARGEST_PIXEL = 16.0
 
 
-@register("digits")
 def load_digits(seed: int = 0) -> DataSplits:
     """8x8 scans enlarged to 12x12: 1,257 for training, 180 for validation, 360 for testing."""
     try:
@@ -31,19 +30,21 @@ def load_digits(seed: int = 0) -> DataSplits:
     images = torch.from_numpy(raw.images).float()[:, None] / _LARGEST_PIXEL
     images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False)
     everything = ImageSet(images, torch.from_numpy(raw.target).long())
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    order = fixed_order(len(everything))
     test, val, rest = order[:_TEST], order[_TEST : _TEST + _VAL], order[_TEST + _VAL :]
-    shuffled = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    gates = len(rest) // 10
+    weights, gates = share_with_gates(rest, seed)
     mean, std = images[rest].mean(), images[rest].std()
     normalized = ImageSet((images - mean) / std, everything.labels)
     return DataSplits(
         "digits",
         10,
-        normalized.take(shuffled[gates:]),
-        normalized.take(shuffled[:gates]),
+        normalized.take(weights),
+        normalized.take(gates),
         normalized.take(val),
         normalized.take(test),
         shift=1,
         flip=False,
+        preprocessing=Preprocessing(
+            SIZE, SIZE, (float(mean),), (float(std),), tuple(map(str, raw.target_names))
+        ),
     )

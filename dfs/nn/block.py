@@ -1,8 +1,9 @@
-"""A residual block whose two convolutions run at a width chosen per sample, or are skipped."""
+"""A residual block whose convolutions run at a width chosen per sample, or are skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,61 +12,84 @@ from torch import Tensor, nn
 from dfs.nn.conv import DFSConv2d
 from dfs.nn.folded import Bits, FoldedConv, Stream
 from dfs.nn.norm import PerWidthBatchNorm2d
+from dfs.nn.semantics import Semantics
+from dfs.nn.shapes import BlockShape, ConvShape
 from dfs.nn.stream import StreamQuantizer
 
-# The shortcut of a down-sampling block is not gated; it runs at this width.
-SHORTCUT_BITS = 8
+# A convolution holds an integer width even where none is on offer.
+_SPARE_WIDTH = 8
+
+
+def make_conv(
+    shape: ConvShape,
+    widths: Sequence[int],
+    semantics: Semantics,
+    *,
+    input_signed: bool,
+    bias: bool = False,
+) -> DFSConv2d:
+    """The convolution of a shape for widths that may have 32 among them."""
+    return DFSConv2d(
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        shape.groups,
+        bias,
+        bit_options=tuple(b for b in widths if b != 32) or (_SPARE_WIDTH,),
+        quantizer=semantics.quantizer,
+        input_signed=input_signed,
+    )
+
+
+def make_norm(
+    channels: int, widths: Sequence[int], semantics: Semantics, eps: float
+) -> PerWidthBatchNorm2d:
+    """The BatchNorm behind a convolution."""
+    return PerWidthBatchNorm2d(channels, widths, eps, shared=semantics.norm == "shared")
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around an identity or a down-sampling shortcut.
+    """A branch of convolutions around an identity or a down-sampling shortcut.
 
-    A skipped sample leaves the stream as it is, or, in a down-sampling block, as
-    ReLU(BatchNorm(shortcut)), which is computed at 8 bits whatever the choice.
+    A skipped sample leaves the stream as it is, or, in a down-sampling block, as the shortcut: see
+    :class:`Semantics`. The layers are conv1, bn1, conv2, bn2 and so on, shortcut and bn_shortcut.
 
     Args:
         bit_options: ascending non-zero widths on offer, 32 among them or not.
         stream: the quantizer of the stream that the block writes.
+        eps: of the BatchNorms.
     """
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
+        shape: BlockShape,
         bit_options: Sequence[int],
         stream: StreamQuantizer,
+        semantics: Semantics,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.shape = shape
         self.bit_options = tuple(bit_options)
-        integer = tuple(b for b in self.bit_options if b != 32) or (8,)
-        self.conv1 = DFSConv2d(
-            in_channels,
-            out_channels,
-            3,
-            stride,
-            1,
-            bias=False,
-            bit_options=integer,
-            input_signed=False,
-        )
-        self.bn1 = PerWidthBatchNorm2d(out_channels, self.bit_options)
-        self.conv2 = DFSConv2d(
-            out_channels, out_channels, 3, 1, 1, bias=False, bit_options=integer, input_signed=False
-        )
-        self.bn2 = PerWidthBatchNorm2d(out_channels, self.bit_options)
-        self.downsamples = stride != 1 or in_channels != out_channels
-        if self.downsamples:
-            self.shortcut = DFSConv2d(
-                in_channels,
-                out_channels,
-                1,
-                stride,
-                bias=False,
-                bit_options=(SHORTCUT_BITS,),
-                input_signed=False,
-            )
-            self.bn_shortcut = PerWidthBatchNorm2d(out_channels, (SHORTCUT_BITS,))
+        self.semantics = semantics
+        # Only a shortcut without a ReLU puts negative values into the stream.
+        signed = semantics.paper_skipping
+        self.branch_length = len(shape.convs)
+        for i, conv in enumerate(shape.convs, 1):
+            made = make_conv(conv, self.bit_options, semantics, input_signed=signed and i == 1)
+            setattr(self, f"conv{i}", made)
+            norm = make_norm(conv.out_channels, self.bit_options, semantics, eps)
+            setattr(self, f"bn{i}", norm)
+        self.downsamples = shape.shortcut is not None
+        if shape.shortcut is not None:
+            widths: tuple[int, ...] = (semantics.ungated_bits,)
+            if semantics.paper_skipping:
+                widths = tuple(sorted({*self.bit_options, 32}))
+            self.shortcut = make_conv(shape.shortcut, widths, semantics, input_signed=signed)
+            self.bn_shortcut = make_norm(shape.out_channels, widths, semantics, eps)
         # Not a submodule here: several blocks share one stream, which the network owns.
         self._stream = (stream,)
         self._folded: dict[str, FoldedConv] | None = None
@@ -74,43 +98,70 @@ class ResidualBlock(nn.Module):
     def stream(self) -> StreamQuantizer:
         return self._stream[0]
 
+    def layers(self) -> list[tuple[DFSConv2d, PerWidthBatchNorm2d]]:
+        """The branch: every convolution with its BatchNorm."""
+        numbers = range(1, self.branch_length + 1)
+        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in numbers]
+
     def forward(self, x: Tensor, bits: Bits | None) -> Tensor:
         """One block in float, as it is trained: (N, C, H, W) stream values in and out.
 
         Args:
             bits: an int, a tensor (N,), or None for the full-precision network.
         """
-        hidden = torch.relu(self.bn1(self.conv1(x, bits), bits))
-        return self.finish(x, self.bn2(self.conv2(hidden, bits), bits), bits is None)
+        hidden = x
+        for i, (conv, norm) in enumerate(self.layers()):
+            hidden = norm(conv(torch.relu(hidden) if i else hidden, bits), bits)
+        return self.finish(x, hidden, bits)
 
-    def finish(self, x: Tensor, y: Tensor, full_precision: bool) -> Tensor:
+    def finish(self, x: Tensor, y: Tensor, bits: Bits | None) -> Tensor:
         """Add the branch ``y``, 0 for a skipped sample, to the stream ``x``."""
-        result = torch.relu(self.carry(x, full_precision) + y)
-        return result if full_precision else self.stream(result)
+        carried = self.carry(x, bits)
+        result = torch.relu(carried + y)
+        if bits is None:
+            return result
+        if self.semantics.paper_skipping:
+            skipped = bits == 0
+            if isinstance(skipped, Tensor):
+                result = torch.where(skipped.view(-1, 1, 1, 1), carried, result)
+            elif skipped:
+                result = carried
+        return self.stream(result)
 
-    def carry(self, x: Tensor, full_precision: bool = False) -> Tensor:
+    def carry(self, x: Tensor, bits: Bits | None = 0) -> Tensor:
         """What the branch is added to: the stream, or its shortcut."""
         if not self.downsamples:
             return x
-        bits = None if full_precision else SHORTCUT_BITS
-        return self.bn_shortcut(self.shortcut(x, bits), bits)
+        widths = None if bits is None else self.shortcut_bits(bits)
+        return self.bn_shortcut(self.shortcut(x, widths), widths)
+
+    def shortcut_bits(self, bits: Bits) -> Bits:
+        """The width of the shortcut where the branch runs at ``bits``."""
+        if not self.semantics.paper_skipping:
+            return self.semantics.ungated_bits
+        if isinstance(bits, Tensor):
+            return torch.where(bits == 0, 32, bits)
+        return bits or 32
 
     def run_packed(self, x: Stream, bits: Bits) -> Stream:
         """One block as it is deployed: folded and packed. An identity block updates x in place."""
-        folded = self._fold()
-        conv1, conv2 = folded["conv1"], folded["conv2"]
-        hidden = conv1(
-            x,
-            bits,
-            activation="relu",
-            output_scale=conv2.input_scale,
-            output_zero_point=conv2.input_zero_point,
-        )
+        folded = self.folded()
+        convs = [folded[f"conv{i}"] for i in range(1, self.branch_length + 1)]
+        hidden = x
+        for i, (conv, following) in enumerate(pairwise(convs)):
+            hidden = conv(
+                hidden,
+                bits,
+                as_codes=i > 0,
+                activation="relu",
+                output_scale=following.input_scale,
+                output_zero_point=following.input_zero_point,
+            )
         if not self.downsamples:
-            conv2.add_into(hidden, bits, x, as_codes=True)
+            convs[-1].add_into(hidden, bits, x, as_codes=True)
             return x
-        residual = folded["shortcut"](x, SHORTCUT_BITS)
-        result = conv2(
+        residual = folded["shortcut"](x, self.shortcut_bits(bits))
+        result = convs[-1](
             hidden,
             bits,
             as_codes=True,
@@ -118,8 +169,24 @@ class ResidualBlock(nn.Module):
             activation="relu",
             **self.stream.output_arguments(),
         )
-        # A skipped sample gets no activation; codes with zero point 0 hold no negatives anyway.
-        return torch.relu(result) if isinstance(result, Tensor) else result
+        if isinstance(result, Tensor) and not self.semantics.paper_skipping:
+            # The kernels leave a skipped sample without an activation. Codes with zero point 0
+            # hold no negatives anyway.
+            return torch.relu(result)
+        return result
+
+    def folded(self) -> dict[str, FoldedConv]:
+        """Every convolution with its BatchNorm, packed: made once and kept until :meth:`repack`.
+
+        Raises:
+            ValueError: naming the widths or the quantizer that have no packed form.
+        """
+        if self._folded is None:
+            made = {f"conv{i}": FoldedConv(*pair) for i, pair in enumerate(self.layers(), 1)}
+            if self.downsamples:
+                made["shortcut"] = FoldedConv(self.shortcut, self.bn_shortcut)
+            self._folded = made
+        return self._folded
 
     def repack(self) -> None:
         """Forget the packed weights: call it after changing parameters in place."""
@@ -136,13 +203,3 @@ class ResidualBlock(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.repack()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def _fold(self) -> dict[str, FoldedConv]:
-        if self._folded is None:
-            self._folded = {
-                "conv1": FoldedConv(self.conv1, self.bn1),
-                "conv2": FoldedConv(self.conv2, self.bn2),
-            }
-            if self.downsamples:
-                self._folded["shortcut"] = FoldedConv(self.shortcut, self.bn_shortcut)
-        return self._folded

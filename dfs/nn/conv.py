@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs.nn.quantizers import make_quantizer
+from dfs.nn.quantizers import PaperMinMax, make_quantizer
 from dfs_kernels import PackedActivation, PackedConvWeight, mixed_conv2d
+from dfs_kernels.arguments import widths_of
+from dfs_kernels.call import check_bits
 from dfs_kernels.widths import KERNEL_WIDTHS, check_options
 
 
@@ -28,7 +30,8 @@ class DFSConv2d(nn.Conv2d):
     Args:
         bit_options: ascending integer widths besides 0 and 32, which are always accepted. 2, 4
             and 8 run on the compiled kernels, others in 1 to 16 on the reference.
-        quantizer: "lsq" (learned steps) or "minmax" (observed ranges).
+        quantizer: "lsq" (learned steps), "minmax" (observed ranges), or "paper" (that of the
+            paper's authors, which only simulates).
         input_signed: whether inputs take negative values; False suits inputs behind a ReLU.
     """
 
@@ -117,7 +120,9 @@ class DFSConv2d(nn.Conv2d):
         """
         if bits is None:
             return super().forward(x)
-        if self.training:
+        if isinstance(self.quantizer, PaperMinMax):
+            return self._simulate(x, bits)
+        if self.training and self.quantizer.training:
             self.quantizer.observe(x)
         padding: Sequence[int] = self._reversed_padding_repeated_twice
         if self.padding_mode != "zeros":
@@ -147,6 +152,29 @@ class DFSConv2d(nn.Conv2d):
         )
         assert not isinstance(result, PackedActivation)
         return result
+
+    def _simulate(self, x: Tensor, bits: int | Tensor) -> Tensor:
+        """Each width's samples as a batch of their own, in float on quantized values."""
+        widths = widths_of(bits, x.shape[0], x.device)
+        options = (*self.bit_options, 32)
+        check_bits(widths, options)
+        x = x.to(self.weight.dtype)
+        empty = super().forward(x[:0])
+        result = empty.new_zeros(x.shape[0], *empty.shape[1:])
+        for width in options:
+            rows = (widths == width).nonzero().squeeze(1)
+            if not rows.numel():
+                continue
+            y = self._simulate_at(x[rows], width)
+            result = y if len(rows) == len(x) else result.index_copy(0, rows, y)
+        return result
+
+    def _simulate_at(self, x: Tensor, width: int) -> Tensor:
+        if width == 32:
+            return super().forward(x)
+        assert isinstance(self.quantizer, PaperMinMax)
+        weight = self.quantizer.quantize_weight(self.weight, width)
+        return self._conv_forward(self.quantizer.quantize_input(x, width), weight, self.bias)
 
     def packed(self) -> PackedConvWeight:
         """The bit-packed weight, made on first use and kept until :meth:`repack`.
@@ -185,7 +213,9 @@ class DFSConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, bit_options={self.bit_options}"
 
     def _packable(self) -> bool:
-        return all(bits in KERNEL_WIDTHS for bits in self.bit_options)
+        return not self.quantizer.simulation_only and all(
+            bits in KERNEL_WIDTHS for bits in self.bit_options
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> DFSConv2d:
         self.repack()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfs.nn.conv import DFSConv2d
 from dfs.nn.norm import PerWidthBatchNorm2d
+from dfs.nn.shapes import PoolShape
+from dfs.nn.stream import StreamQuantizer, max_pool_codes
 from dfs_kernels import PackedActivation, PackedConvWeight, mixed_conv2d, mixed_conv2d_
 
 Stream = Tensor | PackedActivation
@@ -28,6 +31,8 @@ class FoldedConv:
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.stride: tuple[int, int] = conv.stride  # type: ignore[assignment]
         self.padding: tuple[int, int] = conv.padding  # type: ignore[assignment]
+        self.dilation: tuple[int, int] = conv.dilation  # type: ignore[assignment]
+        self.groups = conv.groups
 
     def __call__(self, x: Stream, bits: Bits, *, as_codes: bool = False, **epilogue: Any) -> Stream:
         """Convolve with what :func:`dfs_kernels.mixed_conv2d` offers after the sum.
@@ -52,4 +57,18 @@ class FoldedConv:
             "bias": self.bias,
             "stride": self.stride,
             "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
         }
+
+
+def run_packed_stem(
+    folded: FoldedConv, x: Stream, bits: Bits, stream: StreamQuantizer, pool: PoolShape | None
+) -> Stream:
+    """Stem convolution, ReLU and max pool as they are deployed: what the first block is given."""
+    written = folded(x, bits, activation="relu", **stream.output_arguments())
+    if pool is None:
+        return written
+    if isinstance(written, Tensor):
+        return F.max_pool2d(written, pool.kernel, pool.stride, pool.padding)
+    return max_pool_codes(written, pool)

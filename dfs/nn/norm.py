@@ -21,6 +21,10 @@ class PerWidthBatchNorm2d(nn.Module):
         channels: C.
         bit_options: ascending widths, 32 included if it is on offer.
         momentum: weight of a new batch in the running statistics.
+        shared: have one BatchNorm for all widths, as the authors of the paper do.
+
+    Attributes:
+        entries: the widths that each row of parameters and statistics serves.
     """
 
     running_mean: Tensor
@@ -33,6 +37,7 @@ class PerWidthBatchNorm2d(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         min_samples: int = 8,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -40,7 +45,8 @@ class PerWidthBatchNorm2d(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.min_samples = min_samples
-        count = len(self.bit_options)
+        self.entries = (self.bit_options,) if shared else tuple((b,) for b in self.bit_options)
+        count = len(self.entries)
         self.weight = nn.Parameter(torch.ones(count, channels))
         self.bias = nn.Parameter(torch.zeros(count, channels))
         self.register_buffer("running_mean", torch.zeros(count, channels))
@@ -53,19 +59,29 @@ class PerWidthBatchNorm2d(nn.Module):
             bits: an int, a tensor (N,), or None for the widest option.
         """
         if bits is None:
-            return self._normalize(x, len(self.bit_options) - 1)
+            return self._normalize(x, len(self.entries) - 1)
         if isinstance(bits, int):
             if bits not in (0, *self.bit_options):
                 raise ValueError(f"bits must be 0 or one of {self.bit_options}, got {bits}")
-            return x if bits == 0 else self._normalize(x, self.bit_options.index(bits))
+            return x if bits == 0 else self._normalize(x, self._entry_of(bits))
         result = x
-        for i, width in enumerate(self.bit_options):
-            rows = (bits == width).nonzero().squeeze(1)
+        for i in range(len(self.entries)):
+            rows = self.rows_of(i, bits)
             if rows.numel() == x.shape[0]:
                 return self._normalize(x, i)
             if rows.numel():
                 result = result.index_copy(0, rows, self._normalize(x[rows], i))
         return result
+
+    def rows_of(self, entry: int, bits: Tensor) -> Tensor:
+        """Indices of the samples that an entry normalizes."""
+        chosen = bits == self.entries[entry][0]
+        for width in self.entries[entry][1:]:
+            chosen |= bits == width
+        return chosen.nonzero().squeeze(1)
+
+    def _entry_of(self, bits: int) -> int:
+        return next(i for i, widths in enumerate(self.entries) if bits in widths)
 
     def _normalize(self, x: Tensor, index: int) -> Tensor:
         learn = self.training and x.shape[0] >= self.min_samples
@@ -84,7 +100,8 @@ class PerWidthBatchNorm2d(nn.Module):
         """(mul, add) in float32, (len(bit_options), C): evaluation is y * mul + add."""
         gain = self.weight.detach().double() / (self.running_var.double() + self.eps).sqrt()
         offset = self.bias.detach().double() - self.running_mean.double() * gain
-        return gain.float(), offset.float()
+        rows = [self._entry_of(bits) for bits in self.bit_options]
+        return gain.float()[rows], offset.float()[rows]
 
     @torch.no_grad()
     def copy_from(self, norm: nn.BatchNorm2d) -> None:

@@ -1,7 +1,8 @@
 """Where the steps and zero points of a convolution's weights and inputs come from.
 
 A quantizer gives, per width, an input step and zero point and a weight step per output channel; the
-rounding itself is the kernels'. Both kinds are symmetric in the weights.
+rounding itself is the kernels'. All but the paper's are symmetric in the weights; the paper's has
+float offsets, which no kernel takes, and computes in float itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfs.nn.fake_quant import affine_fake_quantize
 from dfs_kernels.widths import MAX_SCALE, activation_max, default_levels
 
 _MIN_STEP = 1e-8
@@ -28,6 +30,9 @@ class Quantizer(nn.Module):
         out_channels: O of the weight.
         input_signed: whether the input takes negative values; its zero point is then 2^(b-1).
     """
+
+    # Whether it quantizes in float only, by quantize_input and quantize_weight.
+    simulation_only = False
 
     def __init__(self, bit_options: Sequence[int], out_channels: int, input_signed: bool) -> None:
         super().__init__()
@@ -188,13 +193,94 @@ class MinMax(Quantizer):
         self.observed.logical_or_(usable)
 
 
-_KINDS: dict[str, type[Quantizer]] = {"lsq": LSQ, "minmax": MinMax}
+class PaperMinMax(Quantizer):
+    """The quantizer of the paper's authors (Shen et al., AAAI 2020; github.com/Torment123/DFS).
+
+    Per tensor, affine, with an offset in float: b bits are the 2^b values evenly spaced from the
+    least to the greatest. For weights these are their own; for inputs the batch means of every
+    sample's, in training those of the batch itself, in evaluation a running average in which the
+    old value counts ``momentum``, as their code has it. One range serves all widths. Gradients pass
+    straight through, unmasked.
+
+    Simulates in float: nothing of it can be packed.
+
+    Args:
+        stochastic: add noise from [-1/2, 1/2) to the input codes before rounding, in training and
+            evaluation alike. The authors' code does, by an argument that ends up in another's
+            place.
+    """
+
+    simulation_only = True
+    running_min: Tensor
+    running_max: Tensor
+
+    def __init__(
+        self,
+        bit_options: Sequence[int],
+        out_channels: int,
+        input_signed: bool,
+        momentum: float = 0.1,
+        stochastic: bool = False,
+    ) -> None:
+        super().__init__(bit_options, out_channels, input_signed)
+        self.momentum = momentum
+        self.stochastic = stochastic
+        self.register_buffer("running_min", torch.zeros(1))
+        self.register_buffer("running_max", torch.zeros(1))
+
+    def quantize_input(self, x: Tensor, bits: int) -> Tensor:
+        """(N, C, H, W) at ``bits`` bits; in training it moves the running range."""
+        if self.training:
+            low, high = self._range_of(x)
+            self._move(low, high)
+        else:
+            low, high = self.running_min[0], self.running_max[0]
+        noise = torch.rand_like(x) - 0.5 if self.stochastic else None
+        return affine_fake_quantize(x, low, high, bits, noise)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        if x.numel():
+            self._move(*self._range_of(x))
+
+    @staticmethod
+    def _range_of(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.detach().flatten(1)
+        return rows.amin(1).mean(), rows.amax(1).mean()
+
+    def _move(self, low: Tensor, high: Tensor) -> None:
+        for running, seen in ((self.running_min, low), (self.running_max, high)):
+            running.mul_(self.momentum).add_(seen * (1 - self.momentum))
+
+    def quantize_weight(self, weight: Tensor, bits: int) -> Tensor:
+        """(O, C/groups, KH, KW) at ``bits`` bits."""
+        values = weight.detach()
+        return affine_fake_quantize(weight, values.amin(), values.amax(), bits)
+
+    def input_scale(self) -> Tensor:
+        raise ValueError(self._NO_STEPS)
+
+    def input_zero_point(self) -> Tensor:
+        raise ValueError(self._NO_STEPS)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        raise ValueError(self._NO_STEPS)
+
+    _NO_STEPS = "quantizer 'paper' has float offsets: it simulates in float and can't be packed"
+
+
+_KINDS: dict[str, type[Quantizer]] = {"lsq": LSQ, "minmax": MinMax, "paper": PaperMinMax}
+
+
+def quantizer_class(kind: str) -> type[Quantizer]:
+    """The class behind a name: "lsq", "minmax" or "paper"."""
+    if kind not in _KINDS:
+        raise ValueError(f"quantizer must be one of {tuple(_KINDS)}, got {kind!r}")
+    return _KINDS[kind]
 
 
 def make_quantizer(
     kind: str, bit_options: Sequence[int], out_channels: int, input_signed: bool
 ) -> Quantizer:
-    """A quantizer by name: "lsq" or "minmax"."""
-    if kind not in _KINDS:
-        raise ValueError(f"quantizer must be one of {tuple(_KINDS)}, got {kind!r}")
-    return _KINDS[kind](bit_options, out_channels, input_signed)
+    """A quantizer by name, see :func:`quantizer_class`."""
+    return quantizer_class(kind)(bit_options, out_channels, input_signed)

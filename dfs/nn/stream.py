@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs.nn.fake_quant import fake_quantize
+from dfs.nn.shapes import PoolShape
 from dfs_kernels import PackedActivation
 
 STREAM_BITS = 8
 _MIN_STEP = 1e-8
+# Keeps the gradient of the square root finite where a channel does not vary.
+_LEAST_VARIANCE = 1e-10
 
 
 class StreamQuantizer(nn.Module):
@@ -58,3 +64,45 @@ def pooled_mean(stream: Tensor | PackedActivation) -> Tensor:
     codes = stream.data.view(batch, height * width, channels)
     sums = codes.sum(1, dtype=torch.int64) - height * width * stream.zero_point.long()
     return sums.double() * (stream.scale.double() / (height * width))
+
+
+def pooled_features(stream: Tensor | PackedActivation, deviation: bool) -> Tensor:
+    """What a gate sees, float64 (N, C), or (N, 2C) with every channel's deviation behind the means.
+
+    Of a packed stream both come from exact integer sums.
+    """
+    mean = pooled_mean(stream)
+    if not deviation:
+        return mean
+    if isinstance(stream, Tensor):
+        variance = (stream.double() - mean[:, :, None, None]).square().mean((2, 3))
+    else:
+        batch, channels, height, width = stream.shape
+        codes = stream.data.view(batch, height * width, channels)
+        sums = codes.sum(1, dtype=torch.int64)
+        squares = codes.to(torch.int32).square().sum(1, dtype=torch.int64)
+        spread = height * width * squares - sums.square()
+        variance = spread.double() * (stream.scale.double() / (height * width)).square()
+    return torch.cat([mean, (variance + _LEAST_VARIANCE).sqrt()], 1)
+
+
+def max_pool_codes(stream: PackedActivation, pool: PoolShape) -> PackedActivation:
+    """Max-pool a packed uint8 stream: exact, as rounding keeps the order of values.
+
+    Padding counts for nothing: it is code 0, and there is none below it.
+
+    Args:
+        stream: every sample at 8 bits.
+    """
+    batch, channels, height, width = stream.shape
+    codes = stream.data.view(batch, height, width, channels)
+    codes = F.pad(codes, (0, 0, *[pool.padding] * 4))
+    for axis in (1, 2):
+        span = codes.shape[axis] - pool.kernel + 1
+        taps = [codes.narrow(axis, i, span) for i in range(pool.kernel)]
+        step = (slice(None),) * axis + (slice(None, None, pool.stride),)
+        codes = reduce(torch.maximum, (tap[step] for tap in taps))
+    height, width = codes.shape[1:3]
+    return replace(
+        stream, data=codes.reshape(batch, height * width * channels), height=height, width=width
+    )

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from dfs.cost import Cost
-from dfs.models import DynamicResNet
-from dfs.models.cifar_resnet import UNGATED_BITS, Policy
+from dfs.data import Images
+from dfs.models import DynamicResNet, Policy
 from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
-from dfs.nn.block import SHORTCUT_BITS
-from dfs.nn.gates import State
-from dfs.nn.quantizers import LSQ
-from dfs.nn.stream import STREAM_BITS, pooled_mean
+from dfs.nn.gate import State
+from dfs.nn.quantizers import LSQ, Quantizer
+from dfs.nn.stream import STREAM_BITS
 from dfs_kernels import reference
 from dfs_kernels.widths import activation_max, default_levels
 
 _CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
 _SAMPLED_VALUES = 1 << 15
+# Without training, BatchNorm statistics are kept from this width on.
+_KEPT_FROM = 8
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
@@ -64,7 +65,10 @@ def best_weight_steps(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed: int) -> None:
-    """Set every step by least squared error, from the full-precision network's activations."""
+    """Set every step by least squared error, from the full-precision network's activations.
+
+    Quantizers without learned steps observe their ranges instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -74,13 +78,20 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
         seen.setdefault(key, []).append(flat[picked])
 
     def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, DFSConv2d)
         sample(module, args[0])
+        if not isinstance(module.quantizer, LSQ):
+            module.quantizer.observe(args[0])
 
     def watch_block(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, ResidualBlock)
         sample(module.stream, output)
 
-    hooks = [
+    def watch_stem(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        sample(model.streams[0], model.pool(torch.relu(output)))
+
+    hooks = [model.bn_stem.register_forward_hook(watch_stem)]
+    hooks += [
         m.register_forward_pre_hook(watch_conv) for m in model.modules() if isinstance(m, DFSConv2d)
     ]
     hooks += [
@@ -130,6 +141,41 @@ class _Moments:
         return mean, (centred / max(self.count - 1, 1)).clamp_min(0)
 
 
+@torch.no_grad()
+def calibrate(model: DynamicResNet, images: Tensor, batch_size: int = 64, seed: int = 0) -> None:
+    """Fit a network with trained weights to its widths, without training.
+
+    Steps by least squared error over clip ratios. BatchNorm statistics of the widths below 8 bits
+    are estimated from what they really see; those above follow the full-precision network closely
+    enough to keep its statistics, which more images went into. A few hundred images do; 4 bits and
+    less want training besides.
+
+    Args:
+        images: float (N, C, H, W), normalized as in training.
+        seed: decides which activations are looked at.
+    """
+    if images.dim() != 4 or images.shape[1] != model.in_channels or len(images) < 2:
+        raise ValueError(
+            f"images must be (N, {model.in_channels}, H, W) with N >= 2, got {tuple(images.shape)}"
+        )
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    was_training = model.training
+    calibrate_steps(model, images, batch_size, seed)
+    batches = list(images.split(batch_size))
+    for width in model.choices:
+        if 0 < width < _KEPT_FROM:
+            reestimate_batchnorm(model, batches, width, keep_from=_KEPT_FROM)
+    model.train(was_training)
+
+
+def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
+    """BatchNorm statistics of the network run at each width throughout."""
+    for width in model.choices:
+        if width:
+            reestimate_batchnorm(model, batches, width)
+
+
 @dataclass(frozen=True)
 class KeptStatistics:
     """A BatchNorm entry that saw too few samples to be estimated again."""
@@ -145,6 +191,7 @@ def reestimate_batchnorm(
     batches: Sequence[Tensor],
     policy: Policy = None,
     min_samples: int = 256,
+    keep_from: int | None = None,
 ) -> list[KeptStatistics]:
     """Estimate BatchNorm statistics again, block by block, each from what it will really see.
 
@@ -152,6 +199,7 @@ def reestimate_batchnorm(
         batches: training images, as many as are to be used.
         policy: None routes as the gate decides; an int runs every gated block at that width.
         min_samples: a gated (block, width) with fewer routed samples keeps what it had.
+        keep_from: widths from here on keep what they had, and are not listed.
 
     Returns:
         The entries kept. Widths that no sample was routed to are among them.
@@ -159,15 +207,16 @@ def reestimate_batchnorm(
     was_training = model.training
     model.train()
     for module in model.modules():
-        if isinstance(module, PerWidthBatchNorm2d):
+        if isinstance(module, (PerWidthBatchNorm2d, Quantizer)):
             module.eval()
     kept: list[KeptStatistics] = []
-    uniform = [torch.full((len(b),), UNGATED_BITS, dtype=torch.int32) for b in batches]
-    stems = [model.stem(b, UNGATED_BITS) for b in batches]
-    _set_statistics(model.bn_stem, stems, uniform, 0)
+    ungated = model.ungated_bits
+    uniform = [torch.full((len(b),), ungated, dtype=torch.int32) for b in batches]
+    stems = [model.stem(b, ungated) for b in batches]
+    _set_statistics(model.bn_stem, stems, uniform, 0, keep_from)
     target = model.streams[0]
-    streams = [target(torch.relu(model.bn_stem(s, UNGATED_BITS))) for s in stems]
-    streams = _through_block(model, 0, streams, uniform, 0, kept)
+    streams = [target(model.pool(torch.relu(model.bn_stem(s, ungated)))) for s in stems]
+    streams = _through_block(model, 0, streams, uniform, 0, keep_from, kept)
     states: list[State | None] = [None] * len(batches)
     for index in range(model.gated_blocks):
         bits = []
@@ -176,7 +225,7 @@ def reestimate_batchnorm(
             states[i] = decision.state
             bits.append(decision.bits)
         needed = min_samples if policy is None else 0
-        streams = _through_block(model, index + 1, streams, bits, needed, kept)
+        streams = _through_block(model, index + 1, streams, bits, needed, keep_from, kept)
     model.train(was_training)
     return [k for k in kept if policy is None or k.width == policy]
 
@@ -187,40 +236,45 @@ def _through_block(
     streams: list[Tensor],
     bits: list[Tensor],
     min_samples: int,
+    keep_from: int | None,
     kept: list[KeptStatistics],
 ) -> list[Tensor]:
     block = model.blocks[index]
     assert isinstance(block, ResidualBlock)
     if block.downsamples:
-        uniform = [torch.full_like(b, SHORTCUT_BITS) for b in bits]
-        shortcuts = [block.shortcut(s, SHORTCUT_BITS) for s in streams]
-        _set_statistics(block.bn_shortcut, shortcuts, uniform, 0)
-    first = [block.conv1(s, b) for s, b in zip(streams, bits, strict=True)]
-    counts = _set_statistics(block.bn1, first, bits, min_samples)
-    hidden = [torch.relu(block.bn1(y, b)) for y, b in zip(first, bits, strict=True)]
-    second = [block.conv2(h, b) for h, b in zip(hidden, bits, strict=True)]
-    _set_statistics(block.bn2, second, bits, min_samples)
+        widths = [torch.zeros_like(b) + block.shortcut_bits(b) for b in bits]
+        shortcuts = [block.shortcut(s, w) for s, w in zip(streams, widths, strict=True)]
+        _set_statistics(block.bn_shortcut, shortcuts, widths, 0, keep_from)
+    hidden, counts = streams, dict[int, int]()
+    for i, (conv, norm) in enumerate(block.layers()):
+        inputs = [torch.relu(h) if i else h for h in hidden]
+        sums = [conv(h, b) for h, b in zip(inputs, bits, strict=True)]
+        counts = _set_statistics(norm, sums, bits, min_samples, keep_from)
+        hidden = [norm(y, b) for y, b in zip(sums, bits, strict=True)]
     for width, count in counts.items():
         if count < max(min_samples, 1):
             kept.append(KeptStatistics(index, width, count))
-    return [
-        block.finish(s, block.bn2(y, b), False)
-        for s, y, b in zip(streams, second, bits, strict=True)
-    ]
+    return [block.finish(s, y, b) for s, y, b in zip(streams, hidden, bits, strict=True)]
 
 
 def _set_statistics(
-    norm: PerWidthBatchNorm2d, outputs: list[Tensor], bits: list[Tensor], min_samples: int
+    norm: PerWidthBatchNorm2d,
+    outputs: list[Tensor],
+    bits: list[Tensor],
+    min_samples: int,
+    keep_from: int | None,
 ) -> dict[int, int]:
-    """Set what has enough samples; returns the sample count of every width."""
+    """Set what has enough samples; returns the sample count of every width below ``keep_from``."""
     counts = {}
-    for i, width in enumerate(norm.bit_options):
+    for i, widths in enumerate(norm.entries):
+        if keep_from is not None and widths[-1] >= keep_from:
+            continue
         moments = _Moments()
         for y, b in zip(outputs, bits, strict=True):
-            rows = (b == width).nonzero().squeeze(1)
+            rows = norm.rows_of(i, b)
             if rows.numel():
                 moments.add(y[rows])
-        counts[width] = moments.samples
+        counts.update(dict.fromkeys(widths, moments.samples))
         # Statistics of one sample would only describe that sample.
         if moments.samples >= max(min_samples, 2):
             mean, var = moments.mean_and_var()
@@ -235,14 +289,14 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
     model.eval()
     stream = model.start(images)
     for index in range(model.gated_blocks):
-        model.gate.standardise(index, pooled_mean(stream))
+        model.gate.standardise(index, model.features(stream))
         drawn = model.decide(index, stream, None, model.choices[-1], explore=1.0)
         stream = model.step(index, stream, drawn)
 
 
 @torch.no_grad()
 def calibrate_gate_bias(
-    model: DynamicResNet, images: Tensor, cost: Cost, target: float, batch_size: int
+    model: DynamicResNet, images: Images, cost: Cost, target: float, batch_size: int
 ) -> float:
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
@@ -261,8 +315,8 @@ def calibrate_gate_bias(
     def measure(tilt: float) -> float:
         model.gate.choice_bias.copy_(-tilt * spread)
         total = 0.0
-        for start in range(0, len(images), batch_size):
-            out = model.run(images[start : start + batch_size])
+        for batch in images.batches(batch_size):
+            out = model.run(batch.images)
             total += float(cost(out.mask).double().sum())
         return total / len(images)
 

@@ -33,19 +33,28 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def read_saved(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU; no code in it is run.
+
+    Raises:
+        CheckpointError: missing, truncated, or holding more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or truncated ({reason})") from error
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint.
 
     Raises:
         CheckpointError: missing, truncated, of another format or of another version.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or truncated ({reason})") from error
+    content = read_saved(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of this project")
     if content.get("version") != VERSION:

@@ -10,6 +10,7 @@ from typing import Any
 _LOWEST = {
     "batch_size": 2,
     "seed": 0,
+    "image_size": 0,
     "float_epochs": 1,
     "switch_epochs": 1,
     "gate_epochs": 1,
@@ -43,9 +44,13 @@ class TrainConfig:
 
     Attributes:
         dataset: name of the data set.
+        data: folder of its files; empty for a set that needs none.
+        image_size: side of the network's input for class folders; 0 is their default.
+        allow_unverified: data sets or files that may differ from their published checksums.
         model: name such as "resnet20".
         choices: ascending widths the gate picks from.
         stream: "uint8" or "float32".
+        semantics: "default", or "paper": quantizer, BatchNorm and skipping of the paper's authors.
         target: the cost to train to, as a fraction of the full-precision network.
         cost: "paper" or "bitops".
         seed: decides initialization, data order, augmentation and every random draw.
@@ -58,9 +63,13 @@ class TrainConfig:
     """
 
     dataset: str = "digits"
+    data: str = ""
+    image_size: int = 0
+    allow_unverified: tuple[str, ...] = ()
     model: str = "resnet14"
     choices: tuple[int, ...] = (0, 2, 4, 8)
     stream: str = "uint8"
+    semantics: str = "default"
     target: float = 0.04
     cost: str = "paper"
     seed: int = 0
@@ -117,6 +126,8 @@ class TrainConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.semantics not in ("default", "paper"):
+            raise ValueError(f"semantics must be 'default' or 'paper', got {self.semantics!r}")
         if self.cost not in ("paper", "bitops"):
             raise ValueError(f"cost must be 'paper' or 'bitops', got {self.cost!r}")
         if self.seed >= 1 << 31:

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs.data import ImageSet
-from dfs.data.dataset import training_batch
+from dfs.data import Images, ImageSet, training_batch
 from dfs.models import DynamicResNet
 from dfs.nn import LSQ, PerWidthBatchNorm2d, StreamQuantizer
 from dfs.train.calibrate import (
     calibrate_gate_bias,
     calibrate_steps,
+    estimate_every_width,
     reestimate_batchnorm,
     standardise_gates,
 )
@@ -288,7 +288,7 @@ class CalibrateStage(Stage):
     def take(self, step: int) -> dict[str, float]:
         config, model = self.config, self.model
         model.load_plain(self.trainer.plain)
-        images = self.data.train.images[: config.calibration_images]
+        images = self.data.train.first(config.calibration_images)
         calibrate_steps(model, images, config.batch_size, config.seed)
         estimate_every_width(model, list(images.split(config.batch_size)))
         return {}
@@ -357,7 +357,7 @@ class GateStage(Stage):
 
     @staticmethod
     def prepare(trainer: Trainer) -> None:
-        images = trainer.data.gate.images[: trainer.config.calibration_images]
+        images = trainer.data.gate.first(trainer.config.calibration_images)
         standardise_gates(trainer.model, images)
         # Where the joint stage's target starts, too.
         trainer.model.gate.favour_cost(2 * trainer.config.target, trainer.cost.of_choices())
@@ -464,13 +464,6 @@ STAGES: tuple[type[Stage], ...] = (
 )
 
 
-def estimate_every_width(model: DynamicResNet, batches: list[Tensor]) -> None:
-    """BatchNorm statistics of the network run at each width throughout."""
-    for width in model.choices:
-        if width:
-            reestimate_batchnorm(model, batches, width)
-
-
 def estimation_batches(stage: Stage) -> list[Tensor]:
     """Training images for BatchNorm statistics: augmented anew where the set is small."""
     config = stage.config
@@ -486,11 +479,11 @@ def tune_gate_bias(stage: Stage) -> float:
     """Tilt the gate to the target on the validation images."""
     config = stage.config
     return calibrate_gate_bias(
-        stage.model, stage.data.val.images, stage.trainer.cost, config.target, config.batch_size
+        stage.model, stage.data.val, stage.trainer.cost, config.target, config.batch_size
     )
 
 
-def width_accuracies(model: DynamicResNet, images: ImageSet) -> dict[str, float]:
+def width_accuracies(model: DynamicResNet, images: Images) -> dict[str, float]:
     """Validation accuracy with every gated block at one width."""
     return {
         f"val_accuracy_{width}": accuracy(model, images, width) for width in model.choices if width

@@ -6,16 +6,18 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfs.cost import Cost, make_cost
-from dfs.data import DataSplits, load_dataset
-from dfs.models import DynamicResNet, PlainResNet, build_model
+from dfs.data import DataError, DataSplits, load_dataset
+from dfs.models import PlainResNet, build_model
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly, save_checkpoint
 from dfs.train.config import TrainConfig
+from dfs.train.network import CHECKPOINT_NAME, build_dynamic
 from dfs.train.stages import STAGES, Stage, StageError
 
 __all__ = ["SHARED_STAGES", "StageError", "Trainer"]
@@ -44,16 +46,12 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = folder
-        self.data = data if data is not None else load_dataset(config.dataset, config.seed)
+        self.data = data if data is not None else _load_data(config)
         torch.manual_seed(config.seed)
         plain = build_model(config.model, self.data.classes, self.data.channels, None)
         assert isinstance(plain, PlainResNet)
         self.plain = plain
-        dynamic = build_model(
-            config.model, self.data.classes, self.data.channels, config.choices, config.stream
-        )
-        assert isinstance(dynamic, DynamicResNet)
-        self.model = dynamic
+        self.model = build_dynamic(config, self.data.classes, self.data.channels)
         self.stage_index = 0
         self.step = 0
         self.results: dict[str, dict[str, float]] = {}
@@ -144,7 +142,7 @@ class Trainer:
             return
         stage = {} if self._stage is None else self._stage.state_dict()
         save_checkpoint(
-            self.folder / "checkpoint.pt",
+            self.folder / CHECKPOINT_NAME,
             {
                 "config": self.config.to_dict(),
                 "stage": self.stage_index,
@@ -154,21 +152,31 @@ class Trainer:
                 "stage_state": stage,
                 "results": self.results,
                 "metrics_size": self._metrics_size,
+                "data": self.data.record(),
             },
         )
 
     @staticmethod
-    def load(folder: Path, data: DataSplits | None = None) -> Trainer:
+    def load(
+        folder: Path, data: DataSplits | None = None, data_folder: Path | None = None
+    ) -> Trainer:
         """Take up the run that is kept in ``folder``.
 
+        Args:
+            data_folder: where the data set's files are now; where they were if None.
+
         Raises:
-            CheckpointError: it is missing, damaged, or does not fit its own config.
+            CheckpointError: it is missing, damaged, or does not fit its own config or its data.
+            DataError: the data set can't be read.
         """
-        path = folder / "checkpoint.pt"
+        path = folder / CHECKPOINT_NAME
         content = load_checkpoint(path)
         try:
             config = TrainConfig.from_dict(content["config"])
+            if data_folder is not None:
+                config = replace(config, data=str(data_folder))
             trainer = Trainer(config, folder, data)
+            trainer._expect_data(content["data"], path)
             load_exactly(trainer.plain, content["plain"], f"{path}: plain")
             load_exactly(trainer.model, content["model"], f"{path}: model")
             trainer.stage_index = _count(content, "stage", len(STAGES))
@@ -181,11 +189,17 @@ class Trainer:
                 stage.load_state_dict(content["stage_state"])
         except KeyError as error:
             raise CheckpointError(f"{path}: entry {error} is missing") from error
-        except CheckpointError:
+        except (CheckpointError, DataError):
             raise
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         return trainer
+
+    def _expect_data(self, recorded: dict[str, Any], path: Path) -> None:
+        """CheckpointError unless the data is of the same kind as when the run began."""
+        for name, now in _kind_of(self.data.record()).items():
+            if now != _kind_of(recorded)[name]:
+                raise CheckpointError(f"{path}: began with data of another {name} than found now")
 
     def _current(self) -> Stage:
         if self._stage is None:
@@ -209,6 +223,18 @@ class Trainer:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             self._metrics_size = file.tell()
+
+
+def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What must not change under a run: means may differ in their last digit."""
+    preprocessing = record["preprocessing"] or {}
+    return {"name": record["name"], **{k: preprocessing.get(k) for k in ("size", "class_names")}}
+
+
+def _load_data(config: TrainConfig) -> DataSplits:
+    folder = Path(config.data) if config.data else None
+    waived = config.allow_unverified
+    return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
 
 
 def _count(content: dict[str, Any], name: str, limit: int | None = None) -> int:

@@ -41,6 +41,7 @@ from dfs_kernels.widths import KERNEL_WIDTHS, activation_max
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTEGER_WIDTHS = (2, 4, 8)
+_LEAST_CAPABILITY = (8, 0)
 _TILE_VARIANT = "triton/1"
 # Parts of a batch whose weight gradients are summed apart.
 _MOST_SPLITS = 32
@@ -51,7 +52,45 @@ def unavailable_reason() -> str | None:
         return "triton is not installed"
     if not _INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
+    # torch.compile can't trace trials; what it compiles asked before, or hears of it at the launch.
+    if torch.compiler.is_compiling():
+        return None
+    return _interpreter_fault() if _INTERPRETED else _gpu_fault()
+
+
+@functools.cache
+def _interpreter_fault() -> str | None:
+    """Why kernels can't be interpreted: that of Triton 3.6 can't count loops with NumPy 2.4."""
+    code = torch.zeros(1, 1, dtype=torch.uint8)
+    try:
+        _sum_levels(code, False, torch.zeros(1, dtype=torch.int32))
+    except Exception as error:
+        return f"Triton's interpreter fails: {error}"
     return None
+
+
+@functools.cache
+def _gpu_fault() -> str | None:
+    """Why the GPU can't run the kernels, or Triton can't launch them."""
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        major, minor = capability
+        return (
+            f"the GPU has compute capability {major}.{minor}, and Triton multiplies int8 matrices "
+            "from 8.0 on"
+        )
+    try:
+        _load_driver()
+    except Exception as error:
+        return f"Triton can't launch kernels: {error}"
+    return None
+
+
+def _load_driver() -> None:
+    """Let Triton find the driver and compile what launches with it, which takes a C compiler."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
 
 
 def supports(device_type: str, options: Sequence[int]) -> bool:
@@ -123,8 +162,9 @@ def _quantize_pack(x: Tensor, out: PackedActivation, fill: bool) -> None:
         _launch(
             _kernels().quantize_pack_kernel, (batch * tiles,), x.device,
             x, out.data, out.bits, out.scale, out.zero_point,
-            *x.stride(), out.data.stride(0), height, width, tiles,
-            C=channels, INDEX=_index(out.bit_options), FILL=fill,
+            *x.stride(), out.data.stride(0), height * width, width, tiles,
+            C=channels, INDEX=_index(out.bit_options), FLAT=x.stride(2) == width * x.stride(3),
+            FILL=fill,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
 
@@ -374,7 +414,8 @@ def _weight_gradients(call: ConvCall, grad_output: Tensor) -> Tensor:
                 **_constants(geometry), WIDTH=bits, INDEX=_index(options),
                 PRECISION=_float_precision(), DOTS=dots,
                 BLOCK_O=config.block_n, BLOCK_T=block_t, BLOCK_P=16,
-                num_warps=config.num_warps,
+                # Two tiles on their way and one at work take a register too many on sm_90.
+                num_warps=config.num_warps, num_stages=2,
             )  # fmt: skip
 
     problem = _conv_problem("weight_gradient_kernel", call)

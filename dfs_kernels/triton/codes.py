@@ -84,8 +84,11 @@ def pack_last(codes, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_codes(row, pixel, channel, channels, bits, mask):
-    """Codes of any width in (2, 4, 8) out of a packed row, one byte read for each. int32."""
+def load_codes(row, pixel, channel, channels, bits, mask, INDEX: tl.constexpr):
+    """Codes of an integer width among the options behind INDEX, out of a packed row. int32."""
+    if INDEX[0] < 0 and INDEX[1] < 0:
+        # Bytes in a row, which are seen to be that and read several at a time.
+        return tl.load(row + pixel * channels + channel, mask=mask, other=0).to(tl.int32)
     bit = channel * bits
     byte = tl.load(row + pixel * ((channels * bits + 7) >> 3) + (bit >> 3), mask=mask, other=0)
     return (byte.to(tl.int32) >> (bit & 7)) & ((1 << bits) - 1)
@@ -93,18 +96,32 @@ def load_codes(row, pixel, channel, channels, bits, mask):
 
 @triton.jit
 def store_codes(
-    row, codes, pixel, first, stop, channels, mask, BITS: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    codes,
+    pixel,
+    first,
+    stop,
+    channels,
+    mask,
+    RUN: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Pack codes [P, BLOCK] of channels first + (0 ... BLOCK) and store those before ``stop``.
 
-    ``first * BITS`` and, unless it is the last channel, ``stop * BITS`` are multiples of 8.
+    ``first * BITS`` and, unless it is the last channel, ``stop * BITS`` are multiples of 8. Runs of
+    RUN channels end at ``stop``, and tiles of BLOCK begin in them.
     """
     PER: tl.constexpr = 8 // BITS
+    # Bytes that lie before the end together, or behind it; they may be stored together.
+    CODES: tl.constexpr = min(RUN & -RUN, BLOCK)
+    TOGETHER: tl.constexpr = max(CODES // PER, 1)
     channel = first + tl.arange(0, BLOCK)
     kept = tl.where((channel < stop)[None, :], codes, 0)
     group = tl.arange(0, BLOCK // PER)
     byte = first * BITS // 8 + group
-    inside = mask[:, None] & (first + group * PER < stop)[None, :]
+    kept_bytes = tl.max_constancy(first + group * PER < stop, TOGETHER)
+    inside = mask[:, None] & kept_bytes[None, :]
     pixel_bytes = (channels * BITS + 7) // 8
     pointers = row + pixel[:, None] * pixel_bytes + byte[None, :]
     tl.store(pointers, pack_last(kept, BITS), mask=inside)

@@ -78,7 +78,8 @@ def grouped_configs(pixels: int, outputs: int) -> tuple[ConvConfig, ...]:
 
 def float_configs(rows: int, columns: int) -> tuple[ConvConfig, ...]:
     """The same for products of float32."""
-    tiles = ((64, 32, 32), (32, 32, 32), (64, 64, 32), (64, 32, 16))
+    # Tiles of 64 x 64 spill.
+    tiles = ((64, 32, 32), (32, 32, 32), (64, 32, 16), (32, 64, 32))
     return _unique(
         ConvConfig(power_of_two(rows, 16, m), power_of_two(columns, 16, n), k) for m, n, k in tiles
     )
@@ -86,11 +87,14 @@ def float_configs(rows: int, columns: int) -> tuple[ConvConfig, ...]:
 
 def pixel_configs(pixels: int, channels: int) -> tuple[PixelConfig, ...]:
     """The same for what goes over the pixels and channels of an image."""
-    tiles = ((128, 64, 4), (64, 64, 4), (256, 32, 4), (32, 128, 4), (256, 64, 8))
-    return _unique(
-        PixelConfig(power_of_two(pixels, 16, p), power_of_two(channels, 8, c), warps)
-        for p, c, warps in tiles
-    )
+
+    def tile(most_p: int, most_c: int) -> PixelConfig:
+        block_p = power_of_two(pixels, 16, most_p)
+        block_c = power_of_two(channels, 8, most_c)
+        # As above.
+        return PixelConfig(block_p, block_c, 8 if block_p * block_c > 64 * 64 else 4)
+
+    return _unique(tile(p, c) for p, c in ((128, 64), (64, 64), (256, 32), (32, 128), (256, 64)))
 
 
 def gate_configs(pixels: int, channels: int) -> tuple[PixelConfig, ...]:

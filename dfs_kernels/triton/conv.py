@@ -195,6 +195,7 @@ def finish(
     RESIDUAL_INDEX: tl.constexpr,
     OUT_INDEX: tl.constexpr,
     RELU: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add the residual, rectify, and write floats or codes.
@@ -246,13 +247,15 @@ def finish(
                     tl.load(residual_zero + r_index) == z
                 )
                 if same & known & (bits == 0) & (r_bits == o_bits):
-                    codes = load_codes(r_row, pixel[:, None], o[None, :], O, o_bits, inside)
+                    codes = load_codes(
+                        r_row, pixel[:, None], o[None, :], O, o_bits, inside, RESIDUAL_INDEX
+                    )
             if o_bits == 8:
-                store_codes(row, codes, pixel, first, stop, O, pixel_inside, 8, BLOCK_N)
+                store_codes(row, codes, pixel, first, stop, O, pixel_inside, RUN, 8, BLOCK_N)
             elif o_bits == 4:
-                store_codes(row, codes, pixel, first, stop, O, pixel_inside, 4, BLOCK_N)
+                store_codes(row, codes, pixel, first, stop, O, pixel_inside, RUN, 4, BLOCK_N)
             else:
-                store_codes(row, codes, pixel, first, stop, O, pixel_inside, 2, BLOCK_N)
+                store_codes(row, codes, pixel, first, stop, O, pixel_inside, RUN, 2, BLOCK_N)
 
 
 @triton.jit
@@ -483,6 +486,7 @@ def mixed_conv2d_kernel(
             RESIDUAL_INDEX,
             OUT_INDEX,
             RELU,
+            OG,
             BLOCK_N,
         )
     elif REST:
@@ -609,7 +613,7 @@ def grouped_conv2d_kernel(
                 place = (iy * width + ix)[:, None]
                 for i in range(CG):
                     channel = (o // OG) * CG + i
-                    x = load_codes(row, place, channel[None, :], C, b, inside) - zero
+                    x = load_codes(row, place, channel[None, :], C, b, inside, INPUT_INDEX) - zero
                     w_byte = tl.load(
                         weight + offset + (o * (KH * KW) + tap) * run_bytes + ((i * b) >> 3),
                         mask=o_inside,
@@ -663,6 +667,7 @@ def grouped_conv2d_kernel(
             RESIDUAL_INDEX,
             OUT_INDEX,
             RELU,
+            O,
             BLOCK_N,
         )
     elif (b != 0) & (not known):
@@ -858,6 +863,7 @@ def float_conv2d_kernel(
             RESIDUAL_INDEX,
             OUT_INDEX,
             RELU,
+            PART,
             BLOCK_N,
         )
     elif REST:

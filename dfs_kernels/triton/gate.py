@@ -20,14 +20,15 @@ def tanh(x):
 
 @triton.jit
 def sum_codes(
-    row, bits, channel, pixels, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    row, bits, channel, pixels, C: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Exact sums over the pixels of a packed row, int32 [BLOCK_C]."""
     total = tl.zeros((BLOCK_C,), tl.int32)
     for first in range(0, pixels, BLOCK_P):
         pixel = first + tl.arange(0, BLOCK_P)
         inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
-        codes = load_codes(row, pixel[:, None], channel[None, :], C, bits, inside)
+        codes = load_codes(row, pixel[:, None], channel[None, :], C, bits, inside, INDEX)
         total += tl.sum(tl.where(inside, codes, 0), axis=0)
     return total
 
@@ -119,7 +120,7 @@ def rnn_gate_kernel(
                     mean = mean / pixels
                 else:
                     index = width_index(b, INDEX)
-                    total = sum_codes(row, b, channel, pixels, C, BLOCK_P, BLOCK_C)
+                    total = sum_codes(row, b, channel, pixels, C, INDEX, BLOCK_P, BLOCK_C)
                     total = total - pixels * tl.load(input_zero + index)
                     step = tl.load(input_scale + index).to(tl.float64)
                     mean = total.to(tl.float64) * (step / pixels)

@@ -85,11 +85,12 @@ def quantize_pack_kernel(
     x_stride_h,
     x_stride_w,
     out_stride_n,
-    height,
+    pixels,
     width,
     tiles_p,
     C: tl.constexpr,
     INDEX: tl.constexpr,
+    FLAT: tl.constexpr,  # whether a row of the image follows the one above
     FILL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -108,8 +109,12 @@ def quantize_pack_kernel(
         s = tl.load(scale + index)
         z = tl.load(zero_point + index)
         image = x + n * x_stride_n
-        place = (pixel // width) * x_stride_h + (pixel % width) * x_stride_w
-        valid = pixel < height * width
+        if FLAT:
+            # Seen to be contiguous, whatever the width, so that several are loaded at a time.
+            place = pixel * x_stride_w
+        else:
+            place = (pixel // width) * x_stride_h + (pixel % width) * x_stride_w
+        valid = pixel < pixels
         for first in range(0, C, BLOCK_C):
             channel = first + tl.arange(0, BLOCK_C)
             values = tl.load(
@@ -126,11 +131,11 @@ def quantize_pack_kernel(
             else:
                 codes = quantize(values, s, z, b)
                 if b == 8:
-                    store_codes(row, codes, pixel, first, C, C, valid, 8, BLOCK_C)
+                    store_codes(row, codes, pixel, first, C, C, valid, C, 8, BLOCK_C)
                 elif b == 4:
-                    store_codes(row, codes, pixel, first, C, C, valid, 4, BLOCK_C)
+                    store_codes(row, codes, pixel, first, C, C, valid, C, 4, BLOCK_C)
                 else:
-                    store_codes(row, codes, pixel, first, C, C, valid, 2, BLOCK_C)
+                    store_codes(row, codes, pixel, first, C, C, valid, C, 2, BLOCK_C)
     elif FILL:
         if b != 0:
             fill_row(row, out_stride_n, program % tiles_p, tiles_p)
@@ -192,7 +197,7 @@ def load_values(row, pixel, channel, channels, bits, scale, zero_point, mask, IN
             values = tl.load(float_pointer(row) + pixel * channels + channel, mask=mask, other=0.0)
         else:
             index = width_index(bits, INDEX)
-            codes = load_codes(row, pixel, channel, channels, bits, mask)
+            codes = load_codes(row, pixel, channel, channels, bits, mask, INDEX)
             values = dequantize(codes, tl.load(scale + index), tl.load(zero_point + index))
     elif bits != 0:
         values += float("nan")

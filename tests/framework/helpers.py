@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
+from dfs.cli import main
 from dfs.data import DataSplits, ImageSet
-from dfs.models import DynamicResNet
+from dfs.models import Architecture, DynamicResNet
+from dfs.models.architecture import basic_block
 from dfs.nn import LSQ, PerWidthBatchNorm2d
+from dfs.nn.shapes import BlockShape, ConvShape, PoolShape
 from dfs.train import TrainConfig
 
 TINY = TrainConfig(
@@ -44,7 +50,11 @@ def tiny_data(size: int = 8) -> DataSplits:
 def settled_model(seed: int = 0, depth: int = 14, **kwargs: object) -> DynamicResNet:
     """A dynamic network with BatchNorm statistics and parameters that are not the defaults."""
     torch.manual_seed(seed)
-    model = DynamicResNet(depth, 10, 3, **kwargs)  # type: ignore[arg-type]
+    return settle(DynamicResNet(depth, 10, 3, **kwargs))  # type: ignore[arg-type]
+
+
+def settle(model: DynamicResNet) -> DynamicResNet:
+    """Give a new network statistics and parameters that are not the defaults, in evaluation."""
     for module in model.modules():
         if isinstance(module, PerWidthBatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
@@ -55,3 +65,38 @@ def settled_model(seed: int = 0, depth: int = 14, **kwargs: object) -> DynamicRe
             # Or the first forward in training mode would set the input steps anew.
             module.initialised.fill_(True)
     return model.eval()
+
+
+def run_dfs(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """The command in this process: its exit code, what it printed, and its errors."""
+    monkeypatch.setattr(sys, "argv", ["dfs", *arguments])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, printed.out, printed.err
+
+
+def small_bottlenecks(groups: int = 1) -> Architecture:
+    """Three bottlenecks behind a max-pooled stem, in two resolutions."""
+
+    def block(channels: int, width: int, out_channels: int, stride: int) -> BlockShape:
+        convs = (
+            ConvShape(channels, width, 1),
+            ConvShape(width, width, 3, stride, 1, groups=groups),
+            ConvShape(width, out_channels, 1),
+        )
+        same = channels == out_channels and stride == 1
+        return BlockShape(convs, None if same else ConvShape(channels, out_channels, 1, stride))
+
+    blocks = (block(8, 4, 16, 1), block(16, 4, 16, 1), block(16, 8, 24, 2))
+    return Architecture(ConvShape(3, 8, 5, 2, 2), PoolShape(3, 2, 1), blocks, 5)
+
+
+def small_basic() -> Architecture:
+    """Three basic blocks behind a max-pooled stem, in two resolutions."""
+    blocks = (basic_block(8, 8, 1), basic_block(8, 8, 1), basic_block(8, 12, 2))
+    return Architecture(ConvShape(3, 8, 7, 2, 3), PoolShape(3, 2, 1), blocks, 5)

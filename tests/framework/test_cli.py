@@ -9,8 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from dfs.cli import main
+from dfs.cost import Latency
+from dfs.data.cifar import CIFAR10_CLASSES
+from dfs.latency import LatencyTable
+from dfs.models import DynamicResNet
+from tests.framework import data_files
+from tests.framework.helpers import run_dfs
 
 _SMALL = [
     *("--model", "resnet8", "--target", "0.03"),
@@ -19,17 +25,6 @@ _SMALL = [
     # So short a training may end anywhere.
     *("--set", "exit_points="),
 ]
-
-
-def _in_process(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["dfs", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    printed = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, printed.out, printed.err
 
 
 def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +47,7 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--model", "resnet9"], "model"),
         (["train", "--out", "{tmp}", "--target", "-1"], "target"),
         (["train", "--out", "{tmp}", "--target", "much"], "--target"),
-        (["train", "--out", "{tmp}", "--choices", "0,3"], "choices"),
+        (["train", "--out", "{tmp}", "--choices", "0,17"], "choices"),
         (["train", "--out", "{tmp}", "--choices", "zero"], "--choices"),
         (["train", "--out", "{tmp}", "--set", "speed=9"], "speed=9"),
         (["train", "--out", "{tmp}", "--set", "batch_size=many"], "batch_size"),
@@ -60,6 +55,16 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--set", "cost=joules"], "cost"),
         (["train", "--out", "{tmp}", "--set", "float_lr=nan"], "float_lr"),
         (["train", "--out", "{tmp}", "--resume"], "no such checkpoint"),
+        (["train", "--out", "{tmp}", "--data", "{tmp}"], "holds neither class folders nor"),
+        (["train", "--out", "{tmp}", "--data", "{tmp}/nowhere"], "no such folder"),
+        (["train", "--out", "{tmp}", "--dataset", "cats"], "dataset must be one of digits"),
+        (["train", "--out", "{tmp}", "--dataset", "cifar10"], "--data DIR"),
+        (["train", "--out", "{tmp}", "--dataset", "auto"], "--dataset auto needs --data"),
+        (["train", "--out", "{tmp}", "--dataset", "digits", "--data", "{tmp}"], "no data folder"),
+        (["train", "--out", "{tmp}", "--set", "image_size=9"], "image_size is for class folders"),
+        (["train", "--out", "{tmp}", "--resume", "--dataset", "mnist"], "none but --data"),
+        (["predict", "--checkpoint", "{tmp}", "a.png"], "no such checkpoint"),
+        (["predict", "a.png"], "--checkpoint"),
         (["eval", "{tmp}"], "no such checkpoint"),
         (["eval", "{tmp}", "--split", "train"], "--split"),
     ],
@@ -72,7 +77,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    code, out, error = _in_process(filled, monkeypatch, capsys)
+    code, out, error = run_dfs(filled, monkeypatch, capsys)
     assert code == 2
     assert named in error
     assert len(error.strip().splitlines()) == 1
@@ -86,7 +91,7 @@ def test_a_folder_that_is_a_file_is_one_line_and_exit_code_2(
     path = tmp_path / "file"
     path.write_text("kept")
     for command in ("train", "demo"):
-        code, _, error = _in_process([command, "--out", str(path)], monkeypatch, capsys)
+        code, _, error = run_dfs([command, "--out", str(path)], monkeypatch, capsys)
         assert code == 2
         assert str(path) in error
         assert "Traceback" not in error
@@ -104,7 +109,7 @@ def test_info_tells_the_backends_as_json() -> None:
 def test_info_is_readable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, error = _in_process(["info"], monkeypatch, capsys)
+    code, out, error = run_dfs(["info"], monkeypatch, capsys)
     assert code == 0, error
     assert "backend cpu" in out
 
@@ -113,9 +118,48 @@ def test_exit_points_are_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", "--out", str(tmp_path / "run"), "--set", "exit_points=4:x"]
-    code, _, error = _in_process(arguments, monkeypatch, capsys)
+    code, _, error = run_dfs(arguments, monkeypatch, capsys)
     assert code == 2
     assert "exit_points takes WIDTH:POINTS pairs" in error
+
+
+@pytest.mark.slow
+def test_a_run_on_the_users_files_trains_evaluates_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, run = tmp_path / "files", tmp_path / "run"
+    data_files.write(files, data_files.cifar10_binary(8))
+    names = ("batch_size=16", "float_epochs=1", "gate_epochs=1", "batchnorm_images=16")
+    settings = [word for name in names for word in ("--set", name)]
+    command = ["train", "--out", str(run), *_SMALL, *settings, "--data", str(files)]
+    code, _, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 2
+    assert "data_batch_1.bin: its md5 sum is" in error
+    command += ["--allow-unverified-data", "cifar10", "--json"]
+    code, out, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["config"]["dataset"] == "cifar10"
+    assert told["config"]["data"] == str(files)
+    assert len(told["data"]["unverified"]) == 6
+
+    moved = files.rename(tmp_path / "moved")
+    code, _, error = run_dfs(["eval", str(run)], monkeypatch, capsys)
+    assert code == 2
+    assert f"--data {files}: no such folder" in error
+    code, out, error = run_dfs(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    assert code == 0, error
+    assert "8 test images; not as published: data_batch_1.bin" in " ".join(out.split())
+    data_files.write(moved, {f"{name}.bin": b"" for name in data_files.CIFAR10_FILES})
+    code, _, error = run_dfs(["eval", str(run), "--data", str(moved)], monkeypatch, capsys)
+    assert code == 2
+    assert "not whole records" in error
+
+    Image.new("RGBA", (50, 40), "red").save(tmp_path / "red.png")
+    command = ["predict", "--checkpoint", str(run), str(tmp_path / "red.png"), "--json"]
+    code, out, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 0, error
+    assert json.loads(out)["predictions"][0]["class_name"] in CIFAR10_CLASSES
 
 
 @pytest.mark.slow
@@ -157,3 +201,50 @@ def test_train_stops_on_a_signal_resumes_and_evaluates(tmp_path: Path) -> None:
     table = _dfs("eval", str(run), "--split", "val")
     assert table.returncode == 0, table.stderr
     assert "BitOPs" in table.stdout
+
+
+def test_bench_writes_a_table_that_prices_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    arguments = ["bench", "--latency-table", str(path), "--model", "resnet8"]
+    arguments += ["--image-size", "8", "--batch", "2", "--choices", "0,2,8"]
+    code, out, _ = run_dfs([*arguments, "--json"], monkeypatch, capsys)
+    assert code == 0
+    assert json.loads(out) == json.loads(path.read_text())
+    model = DynamicResNet(8, choices=(0, 2, 8))
+    cost = Latency(model, (8, 8), LatencyTable.load(path))
+    assert cost.full > 0
+    code, out, _ = run_dfs(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert "Milliseconds per image, batches of 2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet9"], "model depth must be"),
+        (["--choices", "0,8,10"], "the choices (10,) only simulate"),
+        (["--choices", "all"], "--choices must be widths"),
+        (["--batch", "0"], "batch must be positive"),
+        (["--gate", "oracle"], "gate must be one of"),
+        (["--image-size", "0"], "image_size must be positive"),
+    ],
+)
+def test_bench_names_what_is_wrong_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "table.json"
+    code, _, err = run_dfs(
+        ["bench", "--latency-table", str(path), "--model", "resnet8", *arguments],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not path.exists()

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dfs.nn.gates import RNNGate, cheapest_argmax, straight_through
+import dfs_kernels
+from dfs.nn.gate import straight_through
+from dfs.nn.gates import FeedForwardGate, RNNGate, make_gate
+from dfs.nn.stream import pooled_features
+from dfs_kernels.reference import cheapest_argmax
 
 
 def test_equal_logits_go_to_the_cheapest_choice() -> None:
@@ -124,3 +128,118 @@ def test_standardised_features_reach_the_gate_with_unit_spread() -> None:
     )
     got = nn.functional.linear(pooled, gate.embed[0].weight.double(), gate.embed[0].bias.double())
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
+KINDS = ("rnn", "feedforward", "constant")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "choices", [(0, 32), (2, 4, 8), (0, 8, 10, 12, 14, 16, 32), (0, 2, 4, 8, 32)]
+)
+def test_every_gate_takes_any_choices(kind: str, choices: tuple[int, ...]) -> None:
+    gate = make_gate(kind, [6, 12], choices)
+    state = None
+    for index, channels in enumerate((6, 12)):
+        decision = gate(index, torch.randn(5, channels, dtype=torch.float64), state)
+        state = decision.state
+        assert decision.bits.dtype == torch.int32
+        assert set(decision.bits.tolist()) <= set(choices)
+        assert decision.logits.shape == decision.mask.shape == (5, len(choices))
+        assert torch.equal(decision.mask @ gate.widths.float(), decision.bits.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gate_decides_alone_as_in_a_batch_and_every_time(kind: str) -> None:
+    gate = make_gate(kind, [6], (0, 4, 8))
+    features = torch.randn(9, 6, 3, 5)
+    together = gate.run(0, features, None)
+    assert torch.equal(gate.run(0, features, None).bits, together.bits)
+    for i in range(9):
+        alone = gate.run(0, features[i : i + 1], None)
+        assert alone.bits.tolist() == [int(together.bits[i])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gate_prefers_the_cheapest_among_equals(kind: str) -> None:
+    gate = make_gate(kind, [6], (2, 4, 8))
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.zero_()
+        assert gate.run(0, torch.rand(3, 6, 2, 2), None).bits.tolist() == [2, 2, 2]
+        gate.choice_bias[1] = 1e-9
+        assert gate.run(0, torch.rand(3, 6, 2, 2), None).bits.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gate_starts_at_the_favoured_cost(kind: str) -> None:
+    gate = make_gate(kind, [6, 6], (0, 2, 4, 8))
+    costs = torch.tensor([0.0, 1 / 256, 1 / 64, 1 / 16], dtype=torch.float64)
+    gate.favour_cost(0.02, costs)
+    weights = [p for n, p in gate.named_parameters() if n.startswith("proj") and p.dim() == 2]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    for index in range(2):
+        decision = gate(index, torch.randn(4, 6, dtype=torch.float64), None)
+        cost = (decision.logits.softmax(-1) * costs).sum(-1)
+        torch.testing.assert_close(cost, torch.full_like(cost, 0.02), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gate_learns_through_the_mask(kind: str) -> None:
+    gate = make_gate(kind, [6], (0, 4, 8))
+    decision = gate(0, torch.randn(16, 6, dtype=torch.float64), None, temperature=1.0)
+    (decision.mask * torch.tensor([0.0, 0.25, 1.0])).sum().backward()
+    name = {"rnn": "proj.bias", "feedforward": "proj.0.bias", "constant": "logits"}[kind]
+    gradient = dict(gate.named_parameters())[name].grad
+    assert gradient is not None
+    assert float(gradient.flatten()[-1]) > 0 > float(gradient.flatten()[0])
+
+
+def test_gumbel_noise_differs_between_samples_of_a_constant_gate() -> None:
+    gate = make_gate("constant", [6], (0, 4, 8))
+    pooled = torch.randn(300, 6, dtype=torch.float64)
+    assert set(gate(0, pooled, None, temperature=1.0).bits.tolist()) == {0, 4, 8}
+    assert set(gate(0, pooled, None).bits.tolist()) == {0}
+
+
+def test_macs_by_hand() -> None:
+    assert make_gate("rnn", [16], (0, 8)).macs(0) == 16 * 10 + 4 * 20 * 10 + 10 * 2
+    assert make_gate("feedforward", [16], (0, 2, 8), hidden=5).macs(0) == 16 * 5 + 5 * 3
+    assert make_gate("feedforward", [16], (0, 8), hidden=5, deviation=True).macs(0) == 32 * 5 + 10
+    assert make_gate("constant", [16], (0, 8)).macs(0) == 0
+
+
+def test_feed_forward_gate_is_a_small_network_in_float64() -> None:
+    gate = FeedForwardGate([6], (0, 2, 8), hidden=4)
+    pooled = torch.randn(5, 6, dtype=torch.float64)
+    network = nn.Sequential(gate.embed[0], nn.ReLU(), gate.proj[0]).double()
+    expected = network(pooled)
+    assert torch.equal(gate.float()(0, pooled, None).logits, expected)
+
+
+def test_features_of_a_packed_stream_come_from_exact_sums() -> None:
+    codes = torch.randint(256, (3, 5, 4, 6))
+    scale = torch.tensor(0.037)
+    packed = dfs_kernels.quantize_pack(codes.float() * scale, 8, {8: scale})
+    features = pooled_features(packed, deviation=True)
+    values = codes.double() * scale.double()
+    assert features.shape == (3, 10)
+    torch.testing.assert_close(features[:, :5], values.mean((2, 3)), rtol=1e-14, atol=0)
+    deviation = values.var((2, 3), correction=0).sqrt()
+    torch.testing.assert_close(features[:, 5:], deviation, rtol=1e-8, atol=0)
+    from_float = pooled_features(values.float(), deviation=True)
+    torch.testing.assert_close(features, from_float, rtol=1e-6, atol=1e-6)
+
+
+def test_the_deviation_of_a_channel_that_does_not_vary_has_a_gradient() -> None:
+    stream = torch.ones(2, 3, 4, 4, requires_grad=True)
+    pooled_features(stream, deviation=True).sum().backward()
+    assert stream.grad is not None
+    assert torch.isfinite(stream.grad).all()
+
+
+def test_unknown_gates_are_refused() -> None:
+    with pytest.raises(ValueError, match="gate must be one of"):
+        make_gate("oracle", [6], (0, 8))

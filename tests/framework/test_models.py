@@ -209,7 +209,7 @@ def test_repack_is_needed_and_enough_after_an_edit_in_place() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"choices": (0, 3)}, "choices"),
+        ({"choices": (0, 17)}, "choices"),
         ({"choices": (8, 4)}, "ascending"),
         ({"stream": "int4"}, "stream"),
     ],

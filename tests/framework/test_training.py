@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfs.cost import PaperCost
-from dfs.data.dataset import DataSplits, ImageSet, training_batch
+from dfs.data import DataSplits, ImageSet, Preprocessing, training_batch
 from dfs.models import DynamicResNet
 from dfs.nn import PerWidthBatchNorm2d, ResidualBlock
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
@@ -183,6 +183,14 @@ def test_a_checkpoint_of_another_version_or_architecture_is_refused(
         Trainer.load(tmp_path, data)
 
 
+def test_a_run_does_not_go_on_with_other_data(data: DataSplits, straight: Path) -> None:
+    record = Preprocessing(8, 8, (0.0,), (1.0,), ("a", "b", "c", "d"))
+    with pytest.raises(CheckpointError, match="began with data of another size"):
+        Trainer.load(straight, replace(data, preprocessing=record))
+    with pytest.raises(CheckpointError, match="began with data of another name"):
+        Trainer.load(straight, replace(data, name="others"))
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
@@ -278,7 +286,8 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
     torch.nn.init.normal_(model.gate.proj.weight)
     images = torch.randn(128, 3, 8, 8)
     cost = PaperCost(model)
-    reached = calibrate_gate_bias(model, images, cost, target, 32)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    reached = calibrate_gate_bias(model, ImageSet(images, labels), cost, target, 32)
     with torch.no_grad():
         measured = float(cost(model.run(images).mask).double().mean())
     assert reached == pytest.approx(measured)

@@ -23,8 +23,16 @@ _SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}
 OTHER_BACKENDS = tuple(
     name for name in available_backends() if name != "reference" and name not in _SLOW
 )
+# The same with Triton, for tests that do not take long with it either.
+WITH_TRITON = tuple(
+    name for name in available_backends() if name in OTHER_BACKENDS or name == "triton"
+)
+# Why the Triton kernels can't be compared, for tests that are skipped then.
+TRITON_REASON = str(load("triton").unavailable_reason())
 
 INPUT_FORMS = ("contiguous", "channels_last", "strided", "packed", "requantized")
+# Stored at 8 bits whatever the sample's width, as a residual stream is.
+STREAM_FORM = "stream"
 RESIDUAL_FORMS = (None, "float", "strided", "packed")
 OUTPUT_FORMS = ("float", "channels_last", "own", "fixed", "in_place")
 
@@ -158,12 +166,13 @@ def build(case: ConvCase) -> Built:
     source: Tensor | PackedActivation = _in_form(x, case.input_form)
     if case.input_form == "packed":
         source = pack(x, bits, quantizer, case.offset)
-    elif case.input_form == "requantized":
-        stored = torch.tensor(case.options)[
-            torch.randint(len(case.options), (len(case.bits),), generator=generator)
+    elif case.input_form in ("requantized", STREAM_FORM):
+        widths = (8,) if case.input_form == STREAM_FORM else case.options
+        stored = torch.tensor(widths)[
+            torch.randint(len(widths), (len(case.bits),), generator=generator)
         ].to(torch.int32)
         stored[bits == 0] = 0
-        source = pack(x, stored, _random_quantizer(case.options, generator), case.offset)
+        source = pack(x, stored, _random_quantizer(widths, generator), case.offset)
     packed_weight, weight = _random_weight(case, generator)
     out_channels = geometry.out_channels
     affine_shape = (len(case.options), out_channels)

@@ -25,6 +25,7 @@ from tests.kernels.cases import (
     OTHER_BACKENDS,
     OUTPUT_FORMS,
     RESIDUAL_FORMS,
+    WITH_TRITON,
     ConvCase,
     as_bits,
     assert_matches_reference,
@@ -39,6 +40,7 @@ from tests.kernels.cases import (
 
 ROOT = Path(__file__).resolve().parents[2]
 every_backend = pytest.mark.parametrize("backend", OTHER_BACKENDS)
+with_triton = pytest.mark.parametrize("backend", WITH_TRITON)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +88,7 @@ def test_every_combination_of_forms(
         assert_matches_reference(built, backend)
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize(
     "case",
     [
@@ -111,7 +113,7 @@ def test_corner(backend: str, case: ConvCase) -> None:
     assert_matches_reference(build(case), backend)
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("zero_at_top", [False, True])
 def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: bool) -> None:
@@ -142,7 +144,7 @@ def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: 
     assert out[0, 0, 2, 2].item() == interior
 
 
-@every_backend
+@with_triton
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_special_values_quantize_alike(backend: str, bits: int) -> None:
     tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
@@ -169,7 +171,7 @@ def test_special_values_quantize_alike(backend: str, bits: int) -> None:
             assert torch.equal(got.data, expected.data)
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     bits=st.sampled_from([2, 4, 8]),
@@ -194,7 +196,7 @@ def test_packing(
     assert torch.equal(back, codes)
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     channels=st.integers(1, 17),
@@ -228,7 +230,7 @@ def test_quantize_pack_and_unpack_dequantize(
     assert torch.equal(as_bits(values), as_bits(reference.unpack_dequantize(expected)))
 
 
-@every_backend
+@with_triton
 @settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 3), st.integers(1, 3)),
@@ -344,7 +346,7 @@ def test_a_sample_does_not_depend_on_the_batch_or_the_threads(backend: str) -> N
                     assert torch.equal(sample_bits(part, row), sample_bits(whole, n))
 
 
-@every_backend
+@with_triton
 def test_a_skipped_sample_is_not_read(backend: str) -> None:
     """Its input may hold anything: a row of a packed 0-bit sample is not even initialised."""
     case = ConvCase(bits=(0, 4), residual_form="float")
@@ -357,7 +359,7 @@ def test_a_skipped_sample_is_not_read(backend: str) -> None:
     assert torch.equal(as_bits(again), as_bits(clean))
 
 
-@every_backend
+@with_triton
 def test_packed_rows_ignore_the_bytes_beyond_a_samples_width(backend: str) -> None:
     case = ConvCase(bits=(2, 4), input_form="packed")
     built = build(case)

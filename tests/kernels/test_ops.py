@@ -29,6 +29,7 @@ from tests.kernels.cases import (
     OTHER_BACKENDS,
     OUTPUT_FORMS,
     RESIDUAL_FORMS,
+    WITH_TRITON,
     ConvCase,
     as_bits,
     build,
@@ -37,6 +38,7 @@ from tests.kernels.cases import (
 
 BACKENDS = ("reference", *OTHER_BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+with_triton = pytest.mark.parametrize("backend", ["reference", *WITH_TRITON])
 BITS = (8, 0, 2, 32, 4)
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -80,7 +82,7 @@ def check_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-@every_backend
+@with_triton
 def test_opcheck_of_packing(backend: str) -> None:
     for bits in (2, 4, 8):
         codes = torch.randint(0, 1 << bits, (2, 3, 5)).to(torch.uint8)
@@ -92,7 +94,7 @@ def test_opcheck_of_packing(backend: str) -> None:
             )
 
 
-@every_backend
+@with_triton
 def test_opcheck_of_activations(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 3, 2, 4)
     scale = torch.tensor([0.5, 0.2, 0.02, 1.0])
@@ -110,7 +112,7 @@ def test_opcheck_of_activations(backend: str, monkeypatch: pytest.MonkeyPatch) -
             check_op(op, args, kwargs)
 
 
-@every_backend
+@with_triton
 def test_opcheck_of_retiling(backend: str) -> None:
     built = build(ConvCase(bits=(8,)))
     check_op(
@@ -140,8 +142,18 @@ def forms() -> list[tuple[str, str | None, str, bool]]:
     return found
 
 
-@every_backend
-@pytest.mark.parametrize(("input_form", "residual_form", "output_form", "packed_weight"), forms())
+def forms_by_backend() -> list[tuple[str, str, str | None, str, bool]]:
+    """All of them for each backend; a third for Triton where it is slow."""
+    found = []
+    for backend in ("reference", *WITH_TRITON):
+        step = 1 if backend in BACKENDS else 3
+        found += [(backend, *form) for form in forms()[::step]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "input_form", "residual_form", "output_form", "packed_weight"), forms_by_backend()
+)
 def test_opcheck_of_mixed_convolution(
     backend: str,
     input_form: str,
@@ -169,7 +181,7 @@ def test_opcheck_of_mixed_convolution(
         check_op(op, args, kwargs)
 
 
-@every_backend
+@with_triton
 def test_opcheck_of_training(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build(ConvCase(bits=BITS, packed_weight=False, residual_form="float", relu=True))
     arguments = built.arguments()
@@ -194,7 +206,7 @@ def test_opcheck_of_training(backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     check_op(op, args, {**kwargs, "backward_backend": backend})
 
 
-@every_backend
+@with_triton
 def test_opcheck_of_backward(backend: str) -> None:
     built = build(ConvCase(bits=BITS, packed_weight=False))
     assert isinstance(built.input, Tensor)
@@ -228,7 +240,7 @@ def test_opcheck_of_backward(backend: str) -> None:
 # Compilation
 
 
-@every_backend
+@with_triton
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("output_form", ["float", "fixed"])
 @pytest.mark.parametrize("input_form", ["contiguous", "packed", "requantized"])
@@ -253,7 +265,7 @@ def test_the_function_compiles_without_breaks(
         assert torch.equal(sample_bits(got, n), sample_bits(expected, n))
 
 
-@every_backend
+@with_triton
 @pytest.mark.usefixtures("compiler")
 def test_packing_functions_compile_without_breaks(backend: str) -> None:
     x = torch.randn(3, 5, 2, 2)
@@ -272,7 +284,7 @@ def test_packing_functions_compile_without_breaks(backend: str) -> None:
     assert codes.dtype == torch.uint8
 
 
-@every_backend
+@with_triton
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("residual_form", ["float", "packed"])
 def test_in_place_compiles_without_breaks(backend: str, residual_form: str) -> None:
@@ -303,7 +315,7 @@ def layer_step(layer: DFSConv2d, run: Any, x: Tensor, bits: Tensor) -> list[Tens
     return [y.detach(), x.grad, *grads]
 
 
-@every_backend
+@with_triton
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

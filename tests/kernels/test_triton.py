@@ -1,32 +1,42 @@
-"""What only the Triton backend has: its dispatch, its checks on the device, its machine code."""
+"""What only the Triton backend has: its dispatch, and its checks on the device."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from dfs_kernels import PackedActivation, available_backends, mixed_conv2d
+from dfs_kernels import PackedActivation, available_backends, mixed_conv2d, reference
+from dfs_kernels.backends import triton as backend
 from dfs_kernels.packing import row_bytes
 from dfs_kernels.triton import configs
-from tests.kernels.cases import ConvCase, assert_matches_reference, build, conv_cases
-
-ROOT = Path(__file__).resolve().parents[2]
-
-pytestmark = pytest.mark.skipif(
-    "triton" not in available_backends(), reason="Triton is not installed for this platform"
+from tests.kernels.cases import (
+    STREAM_FORM,
+    TRITON_REASON,
+    ConvCase,
+    assert_matches_reference,
+    build,
+    conv_cases,
+    run,
+    sample_bits,
+    subset,
+)
+from tests.kernels.test_gradients import (
+    CONVS,
+    assert_all_close,
+    gradients_of_construction,
+    gradients_of_op,
+    make_problem,
 )
 
-if "triton" in available_backends():
-    from dfs_kernels.backends import triton as backend
+pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason=TRITON_REASON)
+
+
+def in_buckets(*sizes: int) -> tuple[configs.ConvConfig, ...]:
+    return (replace(configs.conv_configs(*sizes)[0], buckets=True),)
 
 
 @settings(max_examples=60)
@@ -35,14 +45,65 @@ def test_any_convolution(case: ConvCase) -> None:
     assert_matches_reference(build(case), "triton")
 
 
+@settings(max_examples=20)
+@given(case=conv_cases(input_form=STREAM_FORM))
+def test_any_convolution_of_a_stream(case: ConvCase) -> None:
+    assert_matches_reference(build(case), "triton")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+@pytest.mark.parametrize("input_form", ["packed", "requantized", STREAM_FORM])
+def test_outermost_codes_in_rows_at_any_address(offset: int, input_form: str) -> None:
+    """Whole words, odd ones and bytes; all levels centred."""
+    for channels, outputs, groups in ((16, 18, 1), (6, 5, 1), (8, 8, 2), (1, 2, 5)):
+        case = ConvCase(
+            bits=(8, 2, 32, 4),
+            centred=(True, True, True, False),
+            group_channels=channels,
+            group_outputs=outputs,
+            groups=groups,
+            padding=(2, 0, 1, 3),
+            input_form=input_form,
+            residual_form="packed",
+            output_form="own",
+            extreme=True,
+            offset=offset,
+        )
+        assert_matches_reference(build(case), "triton")
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_sample_does_not_depend_on_its_batch(
+    monkeypatch: pytest.MonkeyPatch, buckets: bool
+) -> None:
+    if buckets:
+        monkeypatch.setattr(backend, "conv_configs", in_buckets)
+    case = ConvCase(bits=(8, 0, 32, 2, 4, 8), residual_form="packed", output_form="own")
+    built = build(case)
+    whole = run(built, "triton").out
+    for chosen in ([3, 1, 5, 2, 0, 4], [2], [4, 4, 0]):
+        part = run(subset(built, chosen), "triton").out
+        for row, n in enumerate(chosen):
+            assert torch.equal(sample_bits(part, row), sample_bits(whole, n))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("count", [1, 40, 1025])
+def test_levels_are_summed(centred: bool, count: int) -> None:
+    codes = torch.randint(256, (3, count)).to(torch.uint8)
+    codes[0] = 128
+    codes[1] = 127
+    sums = torch.empty(3, dtype=torch.int32)
+    backend._sum_levels(codes, centred, sums)
+    levels = reference.weight_levels(codes.view(torch.int8), centred)
+    assert torch.equal(sums, levels.sum(1).int())
+
+
 @pytest.mark.parametrize("batch", [(8, 0, 2, 32, 4, 2, 0), (0, 0), (4,), (32, 8)])
 @pytest.mark.parametrize("output_form", ["float", "fixed"])
 def test_buckets_give_the_same(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], output_form: str
 ) -> None:
-    def in_buckets(*sizes: int) -> tuple[configs.ConvConfig, ...]:
-        return (replace(configs.conv_configs(*sizes)[0], buckets=True),)
-
     monkeypatch.setattr(backend, "conv_configs", in_buckets)
     case = ConvCase(
         bits=batch,
@@ -170,44 +231,8 @@ def test_gradients_equal_the_references(groups: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100])
-def machine_code(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[int, list[Any]]:
-    """What each kernel compiled to for a GPU of one compute capability, and which that was."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.triton_ahead_of_time", str(request.param)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
-
-
-def test_convolutions_use_the_int8_tensor_cores(machine_code: tuple[int, list[Any]]) -> None:
-    capability, kernels = machine_code
-    instruction = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
-    convolutions = [k for k in kernels if k["kernel"] == "mixed_conv2d_kernel"]
-    assert len(convolutions) == 9  # three layers, three forms of input
-    assert all(k[instruction] > 0 for k in convolutions), convolutions
-
-
-def test_integer_kernels_fuse_no_multiply_and_add(machine_code: tuple[int, list[Any]]) -> None:
-    """Each operation of the formulas is rounded by itself."""
-    _, kernels = machine_code
-    exact = {"mixed_conv2d_kernel", "grouped_conv2d_kernel", "quantize_pack_kernel"}
-    assert exact <= {k["kernel"] for k in kernels}
-    assert [k for k in kernels if k["kernel"] in exact and k["fma"]] == []
-
-
-def test_kernels_fit_the_gpu(machine_code: tuple[int, list[Any]]) -> None:
-    """Shared memory of an sm_80 block, and where it counts no registers spilled to memory."""
-    _, kernels = machine_code
-    hot = {
-        "mixed_conv2d_kernel",
-        "grouped_conv2d_kernel",
-        "float_conv2d_kernel",
-        "quantize_pack_kernel",
-        "input_gradient_kernel",
-    }
-    assert hot <= {k["kernel"] for k in kernels}
-    assert max(k["shared"] for k in kernels) <= 163 * 1024
-    assert [k for k in kernels if k["kernel"] in hot and k["stack"]] == []
-    assert max(k["stack"] for k in kernels) <= 32
+@pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
+def test_gradients_equal_those_of_fake_quantization(conv: dict[str, Any]) -> None:
+    problem = make_problem(conv, [8, 0, 2, 32, 4, 2], True, seed=3)
+    _, got = gradients_of_op(problem, "triton")
+    assert_all_close(got, gradients_of_construction(problem)[1])

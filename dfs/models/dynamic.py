@@ -1,57 +1,44 @@
-"""CIFAR ResNets of depth 6n + 2 (He et al., CVPR 2016, section 4.2), plain and dynamic.
+"""A residual network whose gate picks a bitwidth per image and block.
 
-Both kinds have projection shortcuts where the resolution changes and a 1x1 convolution as the
-classifier, and share the state-dict keys of everything that is not a BatchNorm, a quantizer or the
-gate.
+It shares the state-dict keys of everything that is not a BatchNorm, a quantizer or the gate with
+its plain twin. Shortcuts are projections, the classifier is a 1x1 convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dfs.nn.block import ResidualBlock
+from dfs.models.architecture import Architecture, as_architecture
+from dfs.models.plain import PlainResNet, initialise, pool_float
+from dfs.nn.block import ResidualBlock, make_conv, make_norm
 from dfs.nn.conv import DFSConv2d
-from dfs.nn.folded import FoldedConv, Stream
-from dfs.nn.gates import GateDecision, RNNGate, State
+from dfs.nn.folded import FoldedConv, Stream, run_packed_stem
+from dfs.nn.gate import GateDecision, State
+from dfs.nn.gates import make_gate
 from dfs.nn.norm import PerWidthBatchNorm2d
-from dfs.nn.stream import StreamQuantizer, pooled_mean
-from dfs_kernels.widths import check_options
+from dfs.nn.quantizers import quantizer_class
+from dfs.nn.semantics import Semantics
+from dfs.nn.shapes import ConvShape
+from dfs.nn.stream import StreamQuantizer, pooled_features, pooled_mean
+from dfs_kernels.widths import KERNEL_WIDTHS, check_options
 
-WIDTHS = (16, 32, 64)
-# Stem, first block, shortcuts and classifier are not gated; they run at this width.
-UNGATED_BITS = 8
+# What the authors of the paper trained (Shen et al., AAAI 2020, and their code), as options.
+PAPER: dict[str, Any] = {
+    "choices": (0, 8, 10, 12, 14, 16, 32),
+    "stream": "float32",
+    "gate": "rnn",
+    "quantizer": "paper",
+    "norm": "shared",
+    "ungated_bits": 32,
+    "skipping": "paper",
+}
 
 Policy = int | Tensor | None
-
-
-def resnet_depth(name: str) -> int:
-    """The depth in a name like "resnet20"; ValueError unless it is 6n + 2 with n >= 1."""
-    digits = name.removeprefix("resnet")
-    if not name.startswith("resnet") or not digits.isdecimal():
-        raise ValueError(f"model must be named like 'resnet20', got {name!r}")
-    depth = int(digits)
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"model depth must be 6n + 2 from 8 on, got {depth}")
-    return depth
-
-
-def build_model(
-    name: str,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    choices: Sequence[int] | None = (0, 2, 4, 8),
-    stream: str = "uint8",
-) -> DynamicResNet | PlainResNet:
-    """A network by name; ``choices`` of None gives the plain twin."""
-    depth = resnet_depth(name)
-    if choices is None:
-        return PlainResNet(depth, num_classes, in_channels)
-    return DynamicResNet(depth, num_classes, in_channels, choices, stream)
 
 
 @dataclass(frozen=True)
@@ -59,12 +46,14 @@ class LayerMacs:
     """Multiply-accumulates of one image, by what decides their width.
 
     Attributes:
-        gated: per gated block, those of its two convolutions.
+        gated: per gated block, those of its branch.
+        shortcuts: per gated block, those of its shortcut, which are among the ungated too.
         ungated: stem, first block, shortcuts and classifier.
         gates: all gates together.
     """
 
     gated: tuple[int, ...]
+    shortcuts: tuple[int, ...]
     ungated: int
     gates: int
 
@@ -90,115 +79,103 @@ class DynamicOutput(NamedTuple):
     gate_logits: Tensor | None
 
 
-def _stages(depth: int) -> list[tuple[int, int, int]]:
-    """(in_channels, out_channels, stride) of every block."""
-    per_stage = (depth - 2) // 6
-    blocks = []
-    channels = WIDTHS[0]
-    for stage, width in enumerate(WIDTHS):
-        for i in range(per_stage):
-            blocks.append((channels, width, 2 if stage and not i else 1))
-            channels = width
-    return blocks
-
-
-class _PlainBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsamples = stride != 1 or in_channels != out_channels
-        if self.downsamples:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.bn_shortcut = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        carried = self.bn_shortcut(self.shortcut(x)) if self.downsamples else x
-        hidden = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(carried + self.bn2(self.conv2(hidden)))
-
-
-class PlainResNet(nn.Module):
-    """The static full-precision twin: (N, in_channels, H, W) -> logits (N, num_classes)."""
-
-    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
-        self.depth = depth
-        self.stem = nn.Conv2d(in_channels, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn_stem = nn.BatchNorm2d(WIDTHS[0])
-        self.blocks = nn.ModuleList(_PlainBlock(*shape) for shape in _stages(depth))
-        self.classifier = nn.Conv2d(WIDTHS[-1], num_classes, 1)
-        _initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn_stem(self.stem(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)
-
-
 class DynamicResNet(nn.Module):
-    """A CIFAR ResNet whose gate picks a bitwidth per image and block.
+    """A residual network whose gate picks a bitwidth per image and block.
 
     In training mode it computes in float on quantized values; in evaluation mode it runs the folded
-    and packed kernels that get deployed. Call :meth:`repack` after editing parameters in place.
+    and packed kernels that get deployed, unless it has widths or a quantizer that only simulate
+    (see :attr:`packable`). Call :meth:`repack` after editing parameters in place.
 
     Args:
-        depth: 6n + 2, from 8.
-        choices: ascending widths out of 0, 2, 4, 8 and 32.
-        stream: "uint8" or "float32", how activations are kept between the blocks.
+        architecture: or an int, the depth of a CIFAR ResNet.
+        num_classes, in_channels: None keeps those of the architecture.
+        choices: ascending widths out of 0, 1 to 16 and 32. 0, 2, 4, 8 and 32 run on the packed
+            kernels.
+        stream, quantizer, norm, ungated_bits, skipping: see :class:`dfs.nn.Semantics`.
+        gate: "rnn", "feedforward" or "constant".
+        gate_options: further arguments of the gate.
     """
 
     def __init__(
         self,
-        depth: int,
-        num_classes: int = 10,
-        in_channels: int = 3,
+        architecture: Architecture | int,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
         choices: Sequence[int] = (0, 2, 4, 8),
         stream: str = "uint8",
+        *,
+        gate: str = "rnn",
+        gate_options: Mapping[str, Any] | None = None,
+        quantizer: str = "lsq",
+        norm: str = "per_width",
+        ungated_bits: int = 8,
+        skipping: str = "default",
     ) -> None:
         super().__init__()
-        resnet_depth(f"resnet{depth}")
-        if num_classes < 1 or in_channels < 1:
-            raise ValueError(
-                f"num_classes and in_channels must be positive, got {num_classes}, {in_channels}"
-            )
-        if stream not in ("uint8", "float32"):
-            raise ValueError(f"stream must be 'uint8' or 'float32', got {stream!r}")
+        self.architecture = shape = as_architecture(architecture, num_classes, in_channels)
+        self.semantics = semantics = Semantics(stream, quantizer, norm, ungated_bits, skipping)
         options = check_options([c for c in choices if c != 0], "choices")
-        if any(c not in (2, 4, 8, 32) for c in options):
-            raise ValueError(f"choices must be out of 0, 2, 4, 8 and 32, got {tuple(choices)}")
-        self.depth = depth
-        self.num_classes = num_classes
-        self.in_channels = in_channels
         self.choices = tuple(choices)
-        self.streams = nn.ModuleList(StreamQuantizer(stream == "uint8") for _ in WIDTHS)
-        ungated = (UNGATED_BITS,)
-        self.stem = DFSConv2d(in_channels, WIDTHS[0], 3, 1, 1, bias=False, bit_options=ungated)
-        self.bn_stem = PerWidthBatchNorm2d(WIDTHS[0], ungated)
-        shapes = _stages(depth)
+        self._simulated = _what_simulates(self.choices, quantizer)
+        self.streams = nn.ModuleList(
+            StreamQuantizer(stream == "uint8") for _ in range(shape.streams[-1] + 1)
+        )
+        ungated = (ungated_bits,)
+        self.stem = make_conv(shape.stem, ungated, semantics, input_signed=True)
+        self.bn_stem = make_norm(shape.stem.out_channels, ungated, semantics, shape.norm_eps)
         self.blocks = nn.ModuleList(
-            ResidualBlock(*shape, options if i else ungated, self._stream_of(shape[1]))
-            for i, shape in enumerate(shapes)
+            ResidualBlock(
+                block, options if i else ungated, self._stream(index), semantics, shape.norm_eps
+            )
+            for i, (block, index) in enumerate(zip(shape.blocks, shape.streams, strict=True))
         )
-        self.classifier = DFSConv2d(
-            WIDTHS[-1], num_classes, 1, bit_options=ungated, input_signed=False
-        )
-        self.gate = RNNGate([shape[0] for shape in shapes[1:]], self.choices)
-        _initialise(self)
+        head = ConvShape(shape.out_channels, shape.num_classes, 1)
+        # Skipping as in the paper may leave negative values.
+        signed = semantics.paper_skipping
+        self.classifier = make_conv(head, ungated, semantics, input_signed=signed, bias=True)
+        seen = [block.in_channels for block in shape.blocks[1:]]
+        self.gate = make_gate(gate, seen, self.choices, **(gate_options or {}))
+        initialise(self)
         for module in self.modules():
             if isinstance(module, DFSConv2d):
                 module.quantizer.reset_weight(module.weight)
         self._folded: FoldedConv | None = None
 
     @property
+    def num_classes(self) -> int:
+        return self.architecture.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        return self.architecture.in_channels
+
+    @property
+    def ungated_bits(self) -> int:
+        """The width of the stem, the first block and the classifier."""
+        return self.semantics.ungated_bits
+
+    @property
+    def packable(self) -> bool:
+        """Whether evaluation runs packed; else it simulates in float, on the reference."""
+        return self._simulated is None
+
+    def check_packable(self) -> None:
+        """Refuse, by name, what has no packed form and so can't be frozen.
+
+        Raises:
+            ValueError: naming the choices or the quantizer that only simulate.
+        """
+        if self._simulated is not None:
+            raise ValueError(
+                f"{self._simulated} only simulate in float and can't be packed or frozen"
+            )
+
+    @property
     def gated_blocks(self) -> int:
         return len(self.blocks) - 1
 
-    def _stream_of(self, channels: int) -> StreamQuantizer:
-        stream = self.streams[WIDTHS.index(channels)]
+    def _stream(self, index: int) -> StreamQuantizer:
+        stream = self.streams[index]
         assert isinstance(stream, StreamQuantizer)
         return stream
 
@@ -287,21 +264,34 @@ class DynamicResNet(nn.Module):
 
     def full_precision(self, x: Tensor) -> Tensor:
         """Logits of the float network, every BatchNorm at its widest option."""
-        x = torch.relu(self.bn_stem(self.stem(x), None))
+        x = self.pool(torch.relu(self.bn_stem(self.stem(x), None)))
         for block in self.blocks:
             x = block(x, None)
         return self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)
 
+    def pool(self, x: Tensor) -> Tensor:
+        """The max pool behind the stem, if there is one, of float values."""
+        return pool_float(x, self.architecture)
+
     def start(self, x: Tensor) -> Stream:
         """Stem and first block, which are not gated: the stream that the first gate sees."""
-        block, target = self._block(0), self._stream_of(WIDTHS[0])
-        if self.training:
-            stem = torch.relu(self.bn_stem(self.stem(x, UNGATED_BITS), UNGATED_BITS))
-            return block(target(stem), UNGATED_BITS)
+        block, bits = self._block(0), self.ungated_bits
+        if self._simulates():
+            stem = torch.relu(self.bn_stem(self.stem(x, bits), bits))
+            return block(self._stream(0)(self.pool(stem)), bits)
+        pool = self.architecture.pool
+        written = run_packed_stem(self.folded_stem(), x, bits, self._stream(0), pool)
+        return block.run_packed(written, bits)
+
+    def folded_stem(self) -> FoldedConv:
+        """The stem with its BatchNorm, packed: made once and kept until :meth:`repack`."""
         if self._folded is None:
             self._folded = FoldedConv(self.stem, self.bn_stem)
-        written = self._folded(x, UNGATED_BITS, activation="relu", **target.output_arguments())
-        return block.run_packed(written, UNGATED_BITS)
+        return self._folded
+
+    def features(self, stream: Stream) -> Tensor:
+        """What the gate sees of a stream, float64 (N, F)."""
+        return pooled_features(stream, self.gate.deviation)
 
     def decide(
         self,
@@ -318,7 +308,7 @@ class DynamicResNet(nn.Module):
         if policy is None and not self.training:
             decision = self.gate.run(index, stream, state)
         elif policy is None:
-            decision = self.gate(index, pooled_mean(stream), state, temperature)
+            decision = self.gate(index, self.features(stream), state, temperature)
         else:
             if isinstance(policy, Tensor):
                 bits = policy[:, index].to(torch.int32)
@@ -342,9 +332,11 @@ class DynamicResNet(nn.Module):
     ) -> Stream:
         """Gated block ``index`` at the decided widths."""
         block = self._block(index + 1)
-        if not self.training:
+        if not self._simulates():
             return block.run_packed(stream, decision.bits)
         assert isinstance(stream, Tensor)
+        if gate_gradient and self.semantics.paper_skipping:
+            return self._mixture(block, stream, decision.mask)
         result: Tensor = block(stream, decision.bits)
         if gate_gradient:
             # The value stays that of the chosen widths; the mask sees what each would have given.
@@ -358,7 +350,10 @@ class DynamicResNet(nn.Module):
     def classify(self, stream: Stream) -> Tensor:
         """Logits from the last stream."""
         pooled = pooled_mean(stream).float()[:, :, None, None]
-        return self.classifier(pooled, UNGATED_BITS).flatten(1)
+        return self.classifier(pooled, self.ungated_bits).flatten(1)
+
+    def _simulates(self) -> bool:
+        return self.training or not self.packable
 
     def repack(self) -> None:
         """Forget every packed weight: call it after changing parameters in place."""
@@ -382,8 +377,11 @@ class DynamicResNet(nn.Module):
     @torch.no_grad()
     def load_plain(self, plain: PlainResNet) -> None:
         """Take the weights of the plain twin, its BatchNorms copied to every width."""
-        if plain.depth != self.depth:
-            raise ValueError(f"plain has depth {plain.depth}, this network {self.depth}")
+        if plain.architecture != self.architecture:
+            raise ValueError(
+                f"plain must have this network's architecture, {self.architecture.name}, "
+                f"got {plain.architecture.name}"
+            )
         modules = dict(plain.named_modules())
         for name, target in self._twins():
             source = modules[name]
@@ -400,6 +398,16 @@ class DynamicResNet(nn.Module):
             if isinstance(module, (DFSConv2d, PerWidthBatchNorm2d))
         ]
 
+    def _mixture(self, block: ResidualBlock, stream: Tensor, mask: Tensor) -> Tensor:
+        """Every choice for every sample, added up by the mask, as the authors of the paper train.
+
+        Each choice's BatchNorm and ranges see the whole batch.
+        """
+        result = torch.zeros((), device=stream.device)
+        for i, width in enumerate(self.choices):
+            result = result + mask[:, i].view(-1, 1, 1, 1) * block(stream, width)
+        return result
+
     def _candidate(self, block: ResidualBlock, stream: Tensor, width: int) -> Tensor:
         """What a block gives at one width for every sample, by its running statistics."""
         norms = [m for m in block.modules() if isinstance(m, PerWidthBatchNorm2d)]
@@ -413,26 +421,20 @@ class DynamicResNet(nn.Module):
 
     def macs(self, height: int, width: int) -> LayerMacs:
         """Multiply-accumulates for one image of ``height`` x ``width``."""
-        ungated = self.in_channels * WIDTHS[0] * 9 * height * width
-        gated = []
-        for i, (c_in, c_out, stride) in enumerate(_stages(self.depth)):
-            height, width = -(-height // stride), -(-width // stride)
-            branch = (c_in + c_out) * c_out * 9 * height * width
-            if stride != 1 or c_in != c_out:
-                ungated += c_in * c_out * height * width
-            if i:
-                gated.append(branch)
-            else:
-                ungated += branch
-        ungated += WIDTHS[-1] * self.num_classes
+        shape = self.architecture
+        branches, shortcuts = [], []
+        for block, size in shape.block_sizes((height, width)):
+            branches.append(block.branch_macs(size))
+            shortcuts.append(0 if block.shortcut is None else block.shortcut.macs(size))
+        ungated = shape.stem.macs((height, width)) + branches[0] + sum(shortcuts)
+        ungated += shape.out_channels * shape.num_classes
         gates = sum(self.gate.macs(i) for i in range(self.gated_blocks))
-        return LayerMacs(tuple(gated), ungated, gates)
+        return LayerMacs(tuple(branches[1:]), tuple(shortcuts[1:]), ungated, gates)
 
 
-def _initialise(model: nn.Module) -> None:
-    """Kaiming-normal convolutions (He et al., ICCV 2015)."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def _what_simulates(choices: Sequence[int], quantizer: str) -> str | None:
+    """What has no packed form, or None if everything has."""
+    if quantizer_class(quantizer).simulation_only:
+        return f"the values of quantizer {quantizer!r}"
+    odd = tuple(c for c in choices if c not in (0, *KERNEL_WIDTHS))
+    return f"the choices {odd}" if odd else None
