@@ -88,13 +88,18 @@ struct Step {
   float low = 0.0f;
   float high = 0.0f;
   int zero_point = 0;
+  // The zero point is added by rounding too, as far as it is even: an odd number would turn halves
+  // the other way.
+  float rounder = kRounder;
+  uint32_t odd = 0;
 
-  // The code, with kRounderBits added.
-  DFS_DEVICE uint32_t quantize_raised(float x) const {
+  // The code less `odd`, with kRounderBits added.
+  DFS_DEVICE uint32_t round(float x) const {
     // A NaN becomes `low`.
     const float clamped = smaller(larger(multiply(x, reciprocal), low), high);
-    return float_to_bits(add(clamped, kRounder)) + static_cast<uint32_t>(zero_point);
+    return float_to_bits(add(clamped, rounder));
   }
+  DFS_DEVICE uint32_t quantize_raised(float x) const { return round(x) + odd; }
   DFS_DEVICE int quantize(float x) const {
     return static_cast<int>(quantize_raised(x) - kRounderBits);
   }
@@ -126,6 +131,8 @@ DFS_DEVICE Step step_of(const SlotQuantizer& quantizer, int bits) {
   step.reciprocal = divide(1.0f, step.scale);
   step.low = to_float(-step.zero_point);
   step.high = to_float((1 << bits) - 1 - step.zero_point);
+  step.odd = static_cast<uint32_t>(step.zero_point & 1);
+  step.rounder = add(kRounder, to_float(step.zero_point & ~1));
   return step;
 }
 

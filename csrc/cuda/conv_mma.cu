@@ -280,8 +280,8 @@ DFS_DEVICE void finish_tile(const ConvParams& p, const BlockTask& task, const We
     const int pixel = i / runs;
     const int first = i % runs * kRun;
     const int count = least(kRun, tiles.outputs - tile.output - first);
-    const RunPlace place{tile.y + pixel / p.tile_w, tile.x + pixel % p.tile_w, tile.output + first,
-                         count};
+    const int row = p.tile_w_divisor.quotient(pixel);
+    const RunPlace place{tile.y + row, tile.x + pixel - row * p.tile_w, tile.output + first, count};
     if (count <= 0 || place.y >= p.output.height || place.x >= p.output.width) continue;
     float y[kRun];
     DFS_UNROLL for (int j = 0; j < kRun; j += 4) {
@@ -336,9 +336,12 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
   uint8_t* patch = shared + layout.patch;
   const int stride = pixel_stride(task.bits, tiles.units_of(0));
 
-  const int block = task.part % tiles.blocks();
-  const int tile = task.part / tiles.blocks();
-  const TilePlace place{tile / p.tiles_w * p.tile_h, tile % p.tiles_w * p.tile_w,
+  // Mostly there is one block of outputs, and a tile as wide as the image: nothing to divide.
+  const int blocks = tiles.blocks();
+  const int tile = blocks == 1 ? task.part : task.part / blocks;
+  const int block = task.part - tile * blocks;
+  const int tile_row = p.tiles_w == 1 ? tile : tile / p.tiles_w;
+  const TilePlace place{tile_row * p.tile_h, (tile - tile_row * p.tiles_w) * p.tile_w,
                         block * tiles.block_outputs()};
   prepare_block(p, task, tiles, layout, place.output);
 
@@ -347,9 +350,10 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
     DFS_UNROLL for (int i = 0; i < 2; ++i) {
       const int pixel = tile_pixel<kR>(r, i);
       const bool inside = pixel < p.tile_h * p.tile_w;
-      const int y = inside ? pixel / p.tile_w * p.pixel_step_h : 0;
-      const int x = inside ? pixel % p.tile_w * p.pixel_step_w : 0;
-      pixels[r][i] = (y * p.patch_w + x) * stride;
+      const int y = p.tile_w_divisor.quotient(pixel);
+      const int x = pixel - y * p.tile_w;
+      const int in_patch = y * p.pixel_step_h * p.patch_w + x * p.pixel_step_w;
+      pixels[r][i] = inside ? in_patch * stride : 0;
     }
   }
 
@@ -528,6 +532,7 @@ void launch_mma(ConvParams p, Stream stream) {
   p.pixel_step_h = p.kernel_h == 1 ? 1 : p.stride_h;
   p.pixel_step_w = p.kernel_w == 1 ? 1 : p.stride_w;
   p.tiles_w = divide_up(p.output.width, p.tile_w);
+  p.tile_w_divisor = SmallDivisor::of(p.tile_w);
   const int blocks = divide_up(p.output.channels, 8 * shape.column_tiles);
   p.tiles_per_sample = divide_up(p.output.height, p.tile_h) * p.tiles_w * blocks;
   LaunchShape launch_as;

@@ -51,6 +51,7 @@ struct ConvParams {
   int tile_h = 0;
   int tile_w = 0;
   int tiles_w = 0;
+  SmallDivisor tile_w_divisor;
   int patch_h = 0;
   int patch_w = 0;
   int patch_step_h = 0;  // rows of the input from one row of the patch to the next

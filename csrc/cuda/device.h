@@ -108,9 +108,10 @@ void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
   if (shape.blocks == 0) return;
   const std::string what = std::string("CUDA kernel ") + name;
   if (shape.blocks > 0x7fffffff) throw std::runtime_error(what + ": too many blocks");
+  // Always the same limit: a lower one would hold for launches that a graph has recorded, too.
   if (shape.shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes),
           what + ": setting its shared memory");
   }
   void* arguments[] = {const_cast<Params*>(&params)};

@@ -179,7 +179,10 @@ struct Epilogue {
       return;
     }
     uint32_t codes[kRun];
-    DFS_UNROLL for (int i = 0; i < kRun; ++i) codes[i] = step.quantize_raised(y[i]);
+    DFS_UNROLL for (int i = 0; i < kRun; ++i) codes[i] = step.round(y[i]);
+    if (step.odd != 0) {
+      DFS_UNROLL for (int i = 0; i < kRun; ++i)++ codes[i];
+    }
     store_codes<kRun>(pixel, bits, place, codes);
   }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "conv_layout.h"
 #include "cuda_operations.h"
 #include "guarded_buffer.h"
 #include "mixed_conv2d_case.h"
@@ -64,6 +65,15 @@ void check_on_cuda(ConvCase& c) {
 }
 
 }  // namespace
+
+DFS_TEST(cuda_small_divisors_are_exact) {
+  for (int divisor = 1; divisor <= 1024; ++divisor) {
+    const auto small = dfs::cuda::SmallDivisor::of(divisor);
+    for (int x = 0; x < 1024; ++x) {
+      CHECK(small.quotient(x) == x / divisor, x, " / ", divisor);
+    }
+  }
+}
 
 DFS_TEST(cuda_mixed_conv2d_matches_the_definition) {
   Random random(seed());
