@@ -19,21 +19,29 @@
 // channels of one tap, then over the taps, so that 16 channels at 8 bits put two taps into a step.
 // Activations of units beyond the last are masked to zero, so the weights there may be anything.
 //
-// Instructions a multiplication (a warp each; R, C: row and column tiles of 16 pixels, 8 outputs):
-//   load of activations 2/C (1/C at 2 bits), of weights 1/(4R) to 1/(2R), unpacking 3/C + 3/R at 4
-//   bits and 3.5/C + 3.5/R at 2 bits, addresses 2/C. An H100 starts one every 8 cycles at best in
-//   each quarter of a multiprocessor and 8 other instructions meanwhile, 4 of them on integers.
+// Instructions a multiplication, of a warp each; R and C are row and column tiles of 16 pixels and
+// of 8 outputs: activations take 2/C loads (1/C at 2 bits) and 2/C additions for their addresses,
+// weights 1/(4R) to 1/(2R) loads, unpacking 3/C + 3/R at 4 bits and 3.5/C + 3.5/R at 2 bits. An
+// H100 starts a multiplication every 8 cycles at best in each quarter of a multiprocessor, and 8
+// other instructions meanwhile, 4 of them on integers. The compiled loops have 4.3 to 8.7
+// instructions a multiplication, itself included (tests/packaging/test_cuda_code.py).
 //
-// Bytes of a sample, packed in and packed out, beside multiplications (4096 products each):
-//   3x3 layer    products  steps of 32 (K)          multiplications   bytes at 8 / 4 / 2 bits
-//   16x32x32      2.4 M    5 of 4.5 at all widths       640            32 / 16 /  8 KiB
-//   32x16x16      2.4 M    9 of 9                       576            16 /  8 /  4 KiB
-//   64x8x8        2.4 M    18 of 18                     576             8 /  4 /  2 KiB, weights
-//                                                                      36 / 18 / 9 KiB from L2
-//   64x56x56      116 M    18 of 18                  28,224 (25 % idle) 392 / 196 / 98 KiB
-// At 3.35 TB/s a multiprocessor of an H100 moves about 15 bytes a cycle and starts a multiplication
-// every 2 cycles: 16x32x32 takes 2185 / 1280 / 1280 cycles (memory, then multiplying), and the last
-// row multiplies at every width. None of this has been measured.
+// A sample of a 3x3 layer, packed in and packed out:
+//   layer      products  steps of 32   multiplications       KiB at 8, 4, 2 bits
+//   16x32x32     2.4 M   5 for 4.5         640               32, 16, 8
+//   32x16x16     2.4 M   9                 576               16, 8, 4
+//   64x8x8       2.4 M   18                576               8, 4, 2, and weights 36, 18, 9 from L2
+//   64x56x56     116 M   18             32,256 for 28,224    392, 196, 98
+// In cycles of one of an H100's multiprocessors, which moves about 15 bytes a cycle at 3.35 TB/s,
+// starts a multiplication every 2 cycles and 4 instructions a cycle: about 165 to finish 16
+// outputs, 150 before and 150 to stage for each warp of 64 pixels, beside the loops.
+//   layer      memory at 8, 4, 2 bits   multiplications   instructions
+//   16x32x32   2185, 1090, 550              1280              3800
+//   32x16x16   1090, 550, 270               1150              1600
+//   64x8x8     550, 270, 140                1150              1150
+//   64x56x56   26800, 13400, 6700          64500             50000
+// So the narrow layers are bound by what surrounds the products, and 2 bits save time there only as
+// far as 8 bits wait for memory. All of this is counted and estimated; nothing is measured.
 #pragma once
 
 #include <cstdint>
@@ -45,10 +53,9 @@ namespace dfs::cuda {
 // Division of numbers below 1024 by one divisor, in two instructions rather than twenty: exact, as
 // rounding the reciprocal up adds less than 1024 / 2^20.
 struct SmallDivisor {
-  int divisor = 1;
   int reciprocal = 1 << 20;
 
-  static SmallDivisor of(int divisor) { return {divisor, ((1 << 20) + divisor - 1) / divisor}; }
+  static SmallDivisor of(int divisor) { return {((1 << 20) + divisor - 1) / divisor}; }
   DFS_HOST_DEVICE int quotient(int x) const { return (x * reciprocal) >> 20; }
 };
 

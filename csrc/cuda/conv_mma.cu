@@ -443,11 +443,20 @@ double tile_cost(const ConvParams& p, int tile_h, int tile_w) {
   return static_cast<double>(tiles) * (pixels + 0.33 * patch_size(p, tile_h, tile_w).pixels());
 }
 
+int output_blocks(const ConvParams& p) {
+  return divide_up(p.output.channels, 8 * tile_shape(p.output.channels).column_tiles);
+}
+
+int64_t block_count(const ConvParams& p) {
+  return p.batch * output_blocks(p) * ceil_div(p.output.height, p.tile_h) *
+         ceil_div(p.output.width, p.tile_w);
+}
+
 void choose_tile(ConvParams& p, int most_pixels) {
   double best = 0.0;
   for (int parts = 1; parts <= p.output.width; ++parts) {
     const int tile_w = divide_up(p.output.width, parts);
-    if (parts > 1 && tile_w < 4 && best > 0.0) break;
+    if (best > 0.0 && (parts > 16 || tile_w < 8)) break;
     if (tile_w > most_pixels) continue;
     int tile_h = least(p.output.height, most_pixels / tile_w);
     while (tile_h > 1 && shared_bytes(p, tile_h, tile_w) > kMaxSharedBytes) --tile_h;
@@ -461,20 +470,10 @@ void choose_tile(ConvParams& p, int most_pixels) {
       p.tile_w = tile_w;
     }
   }
-  // Few samples: rather more blocks than whole ones, down to two row tiles.
-  const int64_t blocks =
-      divide_up(p.output.channels, 8 * tile_shape(p.output.channels).column_tiles);
-  while (p.tile_h > 1 && p.tile_h * p.tile_w > 32 &&
-         p.batch * blocks * ceil_div(p.output.height, p.tile_h) *
-                 ceil_div(p.output.width, p.tile_w) <
-             kEnoughBlocks) {
+  // Few samples: rather more blocks than full ones, down to two row tiles.
+  while (p.tile_h > 1 && p.tile_h * p.tile_w > 32 && block_count(p) < kEnoughBlocks) {
     p.tile_h = divide_up(p.tile_h, 2);
   }
-}
-
-template <int kC, int kR>
-void launch_shape(const ConvParams& p, const LaunchShape& shape, Stream stream) {
-  launch("conv_mma", &conv_mma_kernel<kC, kR>, shape, p, stream);
 }
 
 }  // namespace
@@ -520,10 +519,10 @@ WeightTiles weight_tiles(const ConvGeometry& g, int bits) {
           slice_bytes(taps, outputs)};
 }
 
-void launch_mma(ConvParams p, Stream stream) {
-  const TileShape shape = tile_shape(p.output.channels);
+MmaPlan plan_mma(ConvParams p) {
+  const TileShape tile = tile_shape(p.output.channels);
   p.slice_bytes = slice_bytes(p.taps(), p.output.channels);
-  choose_tile(p, 16 * shape.row_tiles * kConvWarps);
+  choose_tile(p, 16 * tile.row_tiles * kConvWarps);
   const PatchSize patch = patch_size(p, p.tile_h, p.tile_w);
   p.patch_h = patch.height;
   p.patch_w = patch.width;
@@ -533,18 +532,23 @@ void launch_mma(ConvParams p, Stream stream) {
   p.pixel_step_w = p.kernel_w == 1 ? 1 : p.stride_w;
   p.tiles_w = divide_up(p.output.width, p.tile_w);
   p.tile_w_divisor = SmallDivisor::of(p.tile_w);
-  const int blocks = divide_up(p.output.channels, 8 * shape.column_tiles);
-  p.tiles_per_sample = divide_up(p.output.height, p.tile_h) * p.tiles_w * blocks;
-  LaunchShape launch_as;
-  launch_as.blocks = p.batch * p.tiles_per_sample;
-  launch_as.threads = 32 * divide_up(p.tile_h * p.tile_w, 16 * shape.row_tiles);
-  launch_as.shared_bytes = shared_bytes(p, p.tile_h, p.tile_w);
-  if (shape.column_tiles == 2) {
-    launch_shape<2, 4>(p, launch_as, stream);
-  } else if (shape.column_tiles == 4) {
-    launch_shape<4, 4>(p, launch_as, stream);
+  p.tiles_per_sample = divide_up(p.output.height, p.tile_h) * p.tiles_w * output_blocks(p);
+  LaunchShape shape;
+  shape.blocks = p.batch * p.tiles_per_sample;
+  shape.threads = 32 * divide_up(p.tile_h * p.tile_w, 16 * tile.row_tiles);
+  shape.shared_bytes = shared_bytes(p, p.tile_h, p.tile_w);
+  return {p, shape};
+}
+
+void launch_mma(const ConvParams& params, Stream stream) {
+  const MmaPlan plan = plan_mma(params);
+  const int column_tiles = tile_shape(params.output.channels).column_tiles;
+  if (column_tiles == 2) {
+    launch("conv_mma", &conv_mma_kernel<2, 4>, plan.shape, plan.params, stream);
+  } else if (column_tiles == 4) {
+    launch("conv_mma", &conv_mma_kernel<4, 4>, plan.shape, plan.params, stream);
   } else {
-    launch_shape<8, 2>(p, launch_as, stream);
+    launch("conv_mma", &conv_mma_kernel<8, 2>, plan.shape, plan.params, stream);
   }
 }
 

@@ -19,7 +19,14 @@ WeightTiles weight_tiles(const ConvGeometry& geometry, int bits);
 // Bytes of a pixel that are staged at a time.
 int slice_bytes(int taps, int outputs);
 
-// Serves the widths in `params.serves`; fills in what says how blocks divide the work.
-void launch_mma(ConvParams params, Stream stream);
+// How blocks divide the work, filled into the parameters, and what to launch.
+struct MmaPlan {
+  ConvParams params;
+  LaunchShape shape;
+};
+MmaPlan plan_mma(ConvParams params);
+
+// Serves the widths in `params.serves`.
+void launch_mma(const ConvParams& params, Stream stream);
 
 }  // namespace dfs::cuda
