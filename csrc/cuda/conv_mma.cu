@@ -318,7 +318,7 @@ DFS_DEVICE void stage_slice(const ConvParams& p, const BlockTask& task, const We
   uint8_t* shared = shared_memory();
   PatchSource source(p, task.sample, input_step(p, task.bits), task.bits);
   source.origin_y = place.y * p.stride_h - p.pad_top;
-  source.origin_x = place.x * p.stride_w - p.pad_left;
+  source.origin_x = place.x * p.stride_w - p.pad_left - p.lead_w;
   source.stage(shared + layout.patch, shared + layout.lookup, tiles, slice,
                pixel_stride(task.bits, tiles.units_of(0)));
 }
@@ -352,7 +352,7 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
       const bool inside = pixel < p.tile_h * p.tile_w;
       const int y = p.tile_w_divisor.quotient(pixel);
       const int x = pixel - y * p.tile_w;
-      const int in_patch = y * p.pixel_step_h * p.patch_w + x * p.pixel_step_w;
+      const int in_patch = y * p.pixel_step_h * p.patch_w + x * p.pixel_step_w + p.lead_w;
       pixels[r][i] = inside ? in_patch * stride : 0;
     }
   }
@@ -414,11 +414,25 @@ struct PatchSize {
   int pixels() const { return height * width; }
 };
 
+// Whether narrow pixels can be staged 16 bytes of a row at a time, PatchSource::stage_rows.
+bool can_be_even(const ConvParams& p, int tile_w) {
+  const bool narrow = !p.quantizes && packed_bytes(p.input.channels, 2) < 16;
+  const bool aligned_tiles = tile_w >= p.output.width || tile_w * p.stride_w % 4 == 0;
+  return narrow && p.kernel_w > 1 && p.input.width % 4 == 0 && aligned_tiles;
+}
+
+int lead_columns(const ConvParams& p, int tile_w) {
+  return can_be_even(p, tile_w) ? (4 - p.pad_left % 4) % 4 : 0;
+}
+
 // Outputs a stride apart share no input if the kernel covers one pixel: then only that is staged.
 PatchSize patch_size(const ConvParams& p, int tile_h, int tile_w) {
-  return {
-      p.kernel_h == 1 ? tile_h : (tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1,
-      p.kernel_w == 1 ? tile_w : (tile_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1};
+  const int height =
+      p.kernel_h == 1 ? tile_h : (tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+  int width =
+      p.kernel_w == 1 ? tile_w : (tile_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
+  if (can_be_even(p, tile_w)) width = round_up(width + lead_columns(p, tile_w), 4);
+  return {height, width};
 }
 
 int shared_bytes(const ConvParams& p, int tile_h, int tile_w) {
@@ -435,12 +449,14 @@ int shared_bytes(const ConvParams& p, int tile_h, int tile_w) {
   return bytes;
 }
 
-// How long a tile is thought to take, in multiplications: those of its pixels, and a third of one
-// for each pixel that is staged. A guess that only chooses between tiles.
+// How long a tile is thought to take, in multiplications of a row tile: those of its warps' pixels,
+// a third of one for each pixel that is staged, and less where that goes by rows. A guess that only
+// chooses between tiles.
 double tile_cost(const ConvParams& p, int tile_h, int tile_w) {
   const int64_t tiles = ceil_div(p.output.height, tile_h) * ceil_div(p.output.width, tile_w);
-  const double pixels = round_up(tile_h * tile_w, 16);
-  return static_cast<double>(tiles) * (pixels + 0.33 * patch_size(p, tile_h, tile_w).pixels());
+  const double pixels = round_up(tile_h * tile_w, 16 * tile_shape(p.output.channels).row_tiles);
+  const double staged = patch_size(p, tile_h, tile_w).pixels();
+  return static_cast<double>(tiles) * (pixels + (can_be_even(p, tile_w) ? 0.1 : 0.33) * staged);
 }
 
 int output_blocks(const ConvParams& p) {
@@ -495,8 +511,9 @@ bool takes_mma(const ConvGeometry& g, int bits, bool centred) {
   const int64_t products = g.in_channels * g.kernel_h * g.kernel_w;
   const int64_t largest = bits == 8 ? 1 : (int64_t{1} << bits) - 1;
   if (products > 0x7fffffff / (largest * 128)) return false;
+  // With the columns that even rows may add.
   const int64_t patch =
-      ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 1);
+      ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 7);
   const int64_t taps = g.kernel_h * g.kernel_w;
   if (patch > kMaxSharedBytes || taps > 1024) return false;
   const int outputs = static_cast<int>(g.out_channels);
@@ -526,6 +543,8 @@ MmaPlan plan_mma(ConvParams p) {
   const PatchSize patch = patch_size(p, p.tile_h, p.tile_w);
   p.patch_h = patch.height;
   p.patch_w = patch.width;
+  p.has_even_patch = can_be_even(p, p.tile_w);
+  p.lead_w = lead_columns(p, p.tile_w);
   p.patch_step_h = p.kernel_h == 1 ? p.stride_h : 1;
   p.patch_step_w = p.kernel_w == 1 ? p.stride_w : 1;
   p.pixel_step_h = p.kernel_h == 1 ? 1 : p.stride_h;

@@ -7,8 +7,13 @@
 
 namespace dfs::cuda {
 
-// Blocks that keep an H100's 132 multiprocessors busy, two each.
+// Blocks that keep an H100's 132 multiprocessors busy, two each. The emulator makes large tiles of
+// a few samples, as a GPU does of many.
+#if defined(DFS_CUDA_EMULATED)
+constexpr int kEnoughBlocks = 6;
+#else
 constexpr int kEnoughBlocks = 264;
+#endif
 
 // Whether the tensor-core kernel has this layer at this width; the general one has all.
 bool takes_mma(const ConvGeometry& geometry, int bits, bool centred);

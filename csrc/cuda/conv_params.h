@@ -54,7 +54,9 @@ struct ConvParams {
   SmallDivisor tile_w_divisor;
   int patch_h = 0;
   int patch_w = 0;
-  int patch_step_h = 0;  // rows of the input from one row of the patch to the next
+  bool has_even_patch = false;  // its rows and those of the input are divided into fours alike
+  int lead_w = 0;               // columns of the patch before the first that is needed
+  int patch_step_h = 0;         // rows of the input from one row of the patch to the next
   int patch_step_w = 0;
   int pixel_step_h = 0;  // rows of the patch from one output row to the next
   int pixel_step_w = 0;

@@ -67,6 +67,10 @@ struct PatchSource {
       stage_words(patch, lookup, tiles, slice, stride);
       return;
     }
+    if (has_even_rows(tiles, stride)) {
+      stage_rows(patch);
+      return;
+    }
     const int first_byte = slice * p.slice_bytes;
     const int bytes = least(p.slice_bytes, reader.pixel_bytes - first_byte);
     const uint8_t* row = reader.row + first_byte;
@@ -89,6 +93,32 @@ struct PatchSource {
  private:
   DFS_DEVICE bool is_inside(int y, int x) const {
     return y >= 0 && y < p.input.height && x >= 0 && x < p.input.width;
+  }
+
+  // Whether 16 bytes of a row, two or four pixels, are 16 bytes of the patch too, all inside the
+  // input or all outside: the patch begins at a multiple of four pixels then.
+  DFS_DEVICE bool has_even_rows(const WeightTiles& tiles, int stride) const {
+    const int bytes = reader.pixel_bytes;
+    return p.has_even_patch && tiles.slices() == 1 && (bytes == 4 || bytes == 8) &&
+           stride == bytes && is_aligned(reader.row, 16);
+  }
+
+  DFS_DEVICE void stage_rows(uint8_t* patch) const {
+    const int bytes = reader.pixel_bytes;
+    const int group = 16 / bytes;
+    const int items = p.patch_w / group;
+    for (int i = thread_index(); i < p.patch_h * items; i += block_threads()) {
+      const int row = i / items;
+      const int y = origin_y + row * p.patch_step_h;
+      const int x = origin_x + (i - row * items) * group;
+      if (is_inside(y, x)) {
+        copy_async<16>(patch + 16 * i, reader.pixel(y, x));
+        continue;
+      }
+      const uint32_t low = padding_word(0);
+      const uint32_t high = bytes == 8 ? padding_word(32 / bits) : low;
+      *reinterpret_cast<Words4*>(patch + 16 * i) = Words4{{low, high, low, high}};
+    }
   }
 
   // A word of padding: the zero point for each channel, 0 beyond the last.

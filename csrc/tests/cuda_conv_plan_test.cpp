@@ -48,7 +48,12 @@ void check_plan(const ConvParams& given) {
   CHECK(plan.shape.blocks == p.batch * rows * columns * outputs, plan.shape.blocks);
   // The last pixel of a tile needs the last of the patch.
   CHECK((p.tile_h - 1) * p.pixel_step_h + (p.kernel_h - 1) * p.dilation_h < p.patch_h, p.patch_h);
-  CHECK((p.tile_w - 1) * p.pixel_step_w + (p.kernel_w - 1) * p.dilation_w < p.patch_w, p.patch_w);
+  const int reach = p.lead_w + (p.tile_w - 1) * p.pixel_step_w + (p.kernel_w - 1) * p.dilation_w;
+  CHECK(reach < p.patch_w, p.patch_w);
+  if (p.has_even_patch) {
+    CHECK(p.patch_w % 4 == 0 && (p.pad_left + p.lead_w) % 4 == 0, p.patch_w, ", ", p.lead_w);
+    CHECK(columns == 1 || p.tile_w * p.stride_w % 4 == 0, p.tile_w);
+  }
 }
 
 }  // namespace
@@ -81,9 +86,9 @@ DFS_TEST(cuda_plans_fill_tiles_of_known_layers) {
   const MmaPlan large = dfs::cuda::plan_mma(make_params(64, 64, 64, 56, 56, 3, 1));
   CHECK(large.params.tile_h * large.params.tile_w >= 112, large.params.tile_h, "x",
         large.params.tile_w);
-  // One sample is divided so that more than a few multiprocessors have something to do.
+  // One sample is divided so that enough multiprocessors have something to do.
   const MmaPlan alone = dfs::cuda::plan_mma(make_params(1, 16, 16, 32, 32, 3, 1));
-  CHECK(alone.shape.blocks >= 16, alone.shape.blocks);
+  CHECK(alone.shape.blocks >= dfs::cuda::kEnoughBlocks, alone.shape.blocks);
 }
 
 }  // namespace dfs_test

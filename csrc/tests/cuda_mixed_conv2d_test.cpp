@@ -90,15 +90,28 @@ DFS_TEST(cuda_mixed_conv2d_of_residual_networks) {
   struct Layer {
     int64_t channels;
     int64_t outputs;
-    int64_t size;
+    int64_t height;
+    int64_t width;
     int64_t kernel;
     int64_t stride;
   };
   Random random(seed());
-  for (const Layer& layer :
-       {Layer{16, 16, 18, 3, 1}, Layer{32, 32, 9, 3, 1}, Layer{64, 64, 8, 3, 1},
-        Layer{16, 32, 12, 3, 2}, Layer{32, 64, 8, 1, 2}, Layer{160, 72, 5, 3, 1},
-        Layer{3, 16, 20, 3, 1}, Layer{16, 16, 9, 5, 1}}) {
+  for (const Layer& layer : {
+           Layer{16, 16, 18, 18, 3, 1},
+           Layer{16, 16, 16, 32, 3, 1},
+           Layer{15, 8, 20, 20, 3, 1},
+           Layer{32, 32, 9, 9, 3, 1},
+           Layer{32, 32, 12, 16, 3, 1},
+           Layer{32, 16, 12, 12, 5, 1},
+           Layer{64, 64, 8, 8, 3, 1},
+           Layer{64, 64, 5, 28, 3, 1},
+           Layer{16, 32, 12, 12, 3, 2},
+           Layer{32, 64, 8, 8, 1, 2},
+           Layer{160, 72, 5, 5, 3, 1},
+           Layer{160, 24, 9, 20, 3, 1},
+           Layer{3, 16, 20, 20, 3, 1},
+           Layer{16, 16, 9, 9, 5, 1},
+       }) {
     ConvCase c;
     dfs::ConvGeometry& g = c.sizes.geometry;
     g.in_channels = layer.channels;
@@ -106,16 +119,22 @@ DFS_TEST(cuda_mixed_conv2d_of_residual_networks) {
     g.kernel_h = g.kernel_w = layer.kernel;
     g.stride_h = g.stride_w = layer.stride;
     g.pad_left = g.pad_right = g.pad_top = g.pad_bottom = layer.kernel / 2;
-    c.sizes.height = c.sizes.width = layer.size;
-    c.sizes.out_height = c.sizes.out_width = (layer.size - 1) / layer.stride + 1;
+    c.sizes.height = layer.height;
+    c.sizes.width = layer.width;
+    c.sizes.out_height = (layer.height - 1) / layer.stride + 1;
+    c.sizes.out_width = (layer.width - 1) / layer.stride + 1;
     c.bits = {2, 8, 0, 4};
     c.batch = 4;
     c.weight = draw_weight(random, c.sizes, false);
     c.input_quantizer = draw_quantizer(random, 0.015f);
-    c.input = make_packed_map(random, 4, layer.channels, layer.size, layer.size, c.bits,
+    c.input = make_packed_map(random, 4, layer.channels, layer.height, layer.width, c.bits,
                               draw_quantizer(random, 0.015f));
-    fill(random, c.input, false);
     c.relu = random.chance(0.5);
+    // As rows are on a GPU.
+    c.input.row_bytes = dfs::cuda::round_up(static_cast<int>(c.input.row_bytes), 16);
+    c.input.codes_offset = 0;
+    c.input.allocate_codes();
+    fill(random, c.input, false);
     c.output = make_packed_map(random, 4, layer.outputs, c.sizes.out_height, c.sizes.out_width,
                                {8, 4, 2, 8}, draw_quantizer(random, 0.03f));
     list_all_widths(c);

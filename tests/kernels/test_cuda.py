@@ -46,7 +46,9 @@ emulated = pytest.mark.skipif(
         (16, 24, 3, 2, (13, 12)),
         (136, 40, 3, 1, (6, 5)),  # three slices at 8 bits, two at 4, and a whole one at 2
         (272, 72, 1, 1, (5, 5)),  # two blocks of outputs
-        (20, 16, 5, 1, (9, 40)),  # rows of 10 and 5 bytes; tiles beside each other
+        (20, 16, 5, 1, (9, 40)),  # rows of 10 and 5 bytes
+        (136, 24, 3, 1, (9, 20)),  # slices, and blocks of several warps
+        (64, 64, 3, 1, (3, 150)),  # tiles beside each other
     ],
 )
 def test_layers_of_the_tensor_core_kernel(

@@ -144,11 +144,12 @@ bool step_barrier() {
   return any;
 }
 
-// Every thread that can go on does, in turn from the first or from the last.
-bool run_threads(bool backwards) {
+// Lets every thread of a warp that can go on do so, in turn from the first or from the last, and
+// then carries out what they wait for. Returns whether anything happened.
+bool step_threads(int warp, bool backwards) {
   bool any = false;
-  for (int i = 0; i < block->threads; ++i) {
-    block->current = backwards ? block->threads - 1 - i : i;
+  for (int i = 0; i < kLanes; ++i) {
+    block->current = warp * kLanes + (backwards ? kLanes - 1 - i : i);
     Thread& thread = block->running();
     if (thread.done || thread.wait != Wait::kNothing) continue;
     thread.fiber.resume();
@@ -156,7 +157,7 @@ bool run_threads(bool backwards) {
     if (thread.done && !thread.copies.empty()) block->fail("a thread ends with copies under way");
     any = true;
   }
-  return any;
+  return step_warp(warp) || any;
 }
 
 void check_guards() {
@@ -178,9 +179,14 @@ void run_block(const std::function<void()>& kernel) {
     thread.copies.clear();
     thread.fiber.start(kernel);
   }
+  // A warp runs as far as it can before the next one starts: one that should have waited for others
+  // is far ahead of them then, or far behind where the order is the other way.
+  const int warps = block->threads / kLanes;
   for (bool backwards = block->index % 2 != 0;; backwards = !backwards) {
-    bool progress = run_threads(backwards);
-    for (int warp = 0; warp < block->threads / kLanes; ++warp) progress |= step_warp(warp);
+    bool progress = false;
+    for (int i = 0; i < warps; ++i) {
+      while (step_threads(backwards ? warps - 1 - i : i, backwards)) progress = true;
+    }
     progress |= step_barrier();
     if (progress) continue;
     for (int i = 0; i < block->threads; ++i) {

@@ -2,8 +2,9 @@
 // another, the threads of a block as fibers that meet at barriers and at the operations of a warp.
 //
 // It is strict where a GPU is silent. Shared memory starts poisoned and has guard bands,
-// asynchronous copies arrive only when they are waited for, threads take turns in changing order,
-// and a barrier that some thread can't reach is an error. It says nothing about speed.
+// asynchronous copies arrive only when they are waited for, warps run ahead of each other as far as
+// barriers let them, first ones or last ones first, and a barrier that some thread can't reach is
+// an error. It says nothing about speed.
 #pragma once
 
 #include <cstdint>
