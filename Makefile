@@ -24,6 +24,7 @@ help:
 	@echo 'make bench      run the benchmarks and report them (BENCH_JSON=... says where to)'
 	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=1 OUT=...)'
 	@echo 'make lint       check style and types; make format: fix style'
+	@echo 'bench/gpu_check.sh  everything that needs an NVIDIA GPU; --help says more'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
 	@echo 'make csrc-fuzz  fuzz the C++ kernels under sanitizers (SECONDS=60)'
 	@echo 'make clean      remove what was built, .venv too'

@@ -20,7 +20,7 @@ from bench.interleaved import Spread, interleave, per_round, spread
 from bench.layers import LAYERS, Layer, layer_input, layer_weights
 from bench.peaks import measured_peaks
 from bench.rotation import Rotation, copies_to_rotate
-from dfs_kernels import PackedActivation, mixed_conv2d, mixed_conv2d_
+from dfs_kernels import mixed_conv2d
 
 # Samples that run, beside those that are skipped, where the cost of skipping is measured.
 _ACTIVE = 4
@@ -231,30 +231,10 @@ def _skip_in_place(layer: Layer, batch: int, threads: int) -> Result:
 
 
 def _added_in_place(layer: Layer, bits: Tensor) -> Prepared:
-    """A block's second convolution, adding into an 8-bit stream."""
-    weight = layer_weights(layer).packed
+    run = ours.run_into_stream(layer)
     x = ours.packed_input(layer, bits)
     stream = ours.packed_input(layer, torch.full_like(bits, 8))
-
-    def add_into(residual: PackedActivation, backend: str | None = None) -> None:
-        mixed_conv2d_(
-            x,
-            weight,
-            x.bits,
-            residual=residual,
-            padding=layer.padding,
-            activation="relu",
-            backend=backend,
-        )
-
-    def check() -> None:
-        got, expected = stream.clone(), stream.clone()
-        add_into(got)
-        add_into(expected, "reference")
-        ours.assert_same(got, expected)
-        assert torch.equal(got.data[bits == 0], stream.data[bits == 0])
-
-    return Prepared(lambda: add_into(stream), check)
+    return Prepared(lambda: run((x, stream)), lambda: ours.check_in_place(run, x, stream))
 
 
 def _skip_float(layer: Layer, batch: int, threads: int, with_residual: bool) -> Result:

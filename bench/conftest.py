@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from bench import machine
+from bench.verdicts import TOO_LATE, verdict_line
 from dfs_kernels import backend_info, warmup
 
+START: pytest.StashKey[float] = pytest.StashKey()
 VERDICTS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 # Of the processors' time, what others took before and after the benchmarks.
 BUSY_SHARES: pytest.StashKey[list[float]] = pytest.StashKey()
@@ -20,9 +22,30 @@ _QUIET = 0.1
 _OWN_THREADS_SECONDS = 0.05
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help="begin no benchmark after so long: the rest are skipped",
+    )
+    parser.addoption(
+        "--autotune",
+        action="store_true",
+        help="measure Triton's launch configurations first, as dfs_kernels.warmup does",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[START] = time.monotonic()
     config.stash[VERDICTS] = []
     config.stash[BUSY_SHARES] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("seconds")
+    if seconds is not None and time.monotonic() - item.config.stash[START] > seconds:
+        pytest.skip(f"{TOO_LATE}: the {seconds:g} s were over")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -96,23 +119,16 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("bars")
     busy = _busy_share(config)
-    if busy > _QUIET:
+    on_cpu = any("threads" in v for v in verdicts)
+    if on_cpu and busy > _QUIET:
         terminalreporter.write_line(
             f"Others took {100 * busy:.0f} % of the processors' time: do not trust these."
         )
     missing = machine.missing_flags()
-    if missing:
+    if on_cpu and missing:
         terminalreporter.write_line(f"They assume {' and '.join(missing)}, which are missing here.")
     for v in verdicts:
-        clear = v["high"] <= v["limit"] or v["low"] > v["limit"]
-        word = ("held  " if v["held"] else "MISSED") + (" " if clear else "?")
-        line = (
-            f"{word} {v['ratio']:7.3f} <= {v['limit']:<5g} [{v['low']:.3f} to {v['high']:.3f}]  "
-            f"{v['label']}, {v['layer']} batch {v['batch']}, threads {v['threads']}"
-        )
-        if "fraction_of_peak" in v:
-            line += f", {100 * v['fraction_of_peak']:.0f} % of the peak"
-        terminalreporter.write_line(line, green=v["held"], red=not v["held"])
+        terminalreporter.write_line(verdict_line(v), green=v["held"], red=not v["held"])
     held = sum(v["held"] for v in verdicts)
     terminalreporter.write_line(f"{held} of {len(verdicts)} held")
 

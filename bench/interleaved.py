@@ -58,18 +58,29 @@ def interleave(
         threads: with more than one, every turn starts with a pause and an untimed call, which
             wakes the contestant's own threads.
     """
-    counts = [_calls_per_turn(call) for call in calls]
-    times: list[list[float]] = [[] for _ in calls]
+    return take_turns([_turn(call, _calls_per_turn(call), threads) for call in calls], rounds)
+
+
+def take_turns(turns: Sequence[Callable[[], float]], rounds: int = ROUNDS) -> list[list[float]]:
+    """What each turn gives in each round, such as the seconds of a call."""
+    times: list[list[float]] = [[] for _ in turns]
     for _ in range(rounds):
-        for call, count, seconds in zip(calls, counts, times, strict=True):
-            if threads > 1:
-                time.sleep(_PAUSE_SECONDS)
-                call()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            seconds.append((time.perf_counter() - start) / count)
+        for turn, seconds in zip(turns, times, strict=True):
+            seconds.append(turn())
     return times
+
+
+def _turn(call: Callable[[], Any], count: int, threads: int) -> Callable[[], float]:
+    def turn() -> float:
+        if threads > 1:
+            time.sleep(_PAUSE_SECONDS)
+            call()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+
+    return turn
 
 
 def _calls_per_turn(call: Callable[[], Any]) -> int:

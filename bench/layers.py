@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfs_kernels import PackedConvWeight
 
+Device = torch.device | str
 INTEGER_WIDTHS = (2, 4, 8)
 # Steps that cover a rectified, and a signed, input of unit variance.
 UNSIGNED_STEPS = {2: 1.0, 4: 0.25, 8: 0.016}
@@ -125,6 +126,11 @@ LAYERS = (
     _depthwise(144, 14, _IMAGENET),
     Layer("3to64x224x224-7x7-s2", "stem", 3, 64, 224, (1,), kernel=7, stride=2),
 )
+# A GPU is filled by more: the CIFAR layers at up to 1024 images, the others at up to 64.
+GPU_LAYERS = tuple(
+    replace(layer, batches=(1024, 64, 1) if layer.batches == _CIFAR else (64, 1))
+    for layer in LAYERS
+)
 
 
 @dataclass
@@ -146,22 +152,23 @@ class LayerWeights:
 
 # Two at a time: benchmarks are ordered by layer, and a comparison needs one.
 @lru_cache(maxsize=2)
-def layer_weights(layer: Layer) -> LayerWeights:
-    generator = torch.Generator().manual_seed(7)
+def layer_weights(layer: Layer, device: Device = "cpu") -> LayerWeights:
+    generator = torch.Generator(device).manual_seed(7)
     fan_in = layer.group_channels * layer.kernel**2
     # A rectified input's mean square is 1/2; outputs then have about unit variance.
     deviation = (0.5 * fan_in) ** -0.5
     shape = (layer.out_channels, layer.group_channels, layer.kernel, layer.kernel)
-    weight = torch.randn(shape, generator=generator) * deviation
+    weight = torch.randn(shape, generator=generator, device=device) * deviation
     scales = {
-        bits: torch.full((layer.out_channels,), 3 * deviation / 2 ** (bits - 1))
+        bits: torch.full((layer.out_channels,), 3 * deviation / 2 ** (bits - 1), device=device)
         for bits in INTEGER_WIDTHS
     }
     return LayerWeights(layer, weight, scales)
 
 
-def layer_input(layer: Layer, batch: int) -> Tensor:
-    """Float32 (batch, C, H, W), contiguous."""
-    generator = torch.Generator().manual_seed(11)
-    x = torch.randn(batch, layer.in_channels, layer.side, layer.side, generator=generator)
+def layer_input(layer: Layer, batch: int, device: Device = "cpu") -> Tensor:
+    """Float32 (batch, C, H, W), contiguous; other numbers on another kind of device."""
+    generator = torch.Generator(device).manual_seed(11)
+    shape = (batch, layer.in_channels, layer.side, layer.side)
+    x = torch.randn(shape, generator=generator, device=device)
     return x if layer.is_signed else x.relu_()

@@ -9,10 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers import INTEGER_WIDTHS, UNSIGNED_STEPS, Layer, layer_input, layer_weights
+from bench.layers import (
+    INTEGER_WIDTHS,
+    UNSIGNED_STEPS,
+    Device,
+    Layer,
+    layer_input,
+    layer_weights,
+)
 from bench.prepared import Prepared
 from bench.rotation import Rotation, copies_to_rotate
-from dfs_kernels import PackedActivation, PackedConvWeight, mixed_conv2d, quantize_pack
+from dfs_kernels import (
+    PackedActivation,
+    PackedConvWeight,
+    mixed_conv2d,
+    mixed_conv2d_,
+    quantize_pack,
+)
 
 MIX = (0, 2, 4, 8)
 
@@ -22,32 +35,39 @@ Run = Callable[..., Any]
 Maker = Callable[[Layer, int, int], Prepared]
 
 
-def steps(layer: Layer) -> Tensor:
+def steps(layer: Layer, device: Device = "cpu") -> Tensor:
     """Of the input, indexed like the widths."""
-    return torch.tensor([layer.steps[bits] for bits in INTEGER_WIDTHS])
+    return torch.tensor([layer.steps[bits] for bits in INTEGER_WIDTHS], device=device)
 
 
-def zero_points(layer: Layer) -> Tensor:
-    return torch.tensor([layer.zero_points[bits] for bits in INTEGER_WIDTHS], dtype=torch.int32)
+def zero_points(layer: Layer, device: Device = "cpu") -> Tensor:
+    values = [layer.zero_points[bits] for bits in INTEGER_WIDTHS]
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def output_steps() -> Tensor:
-    """Of the output, which has been through a ReLU, so that its zero points are 0."""
-    return torch.tensor([UNSIGNED_STEPS[bits] for bits in INTEGER_WIDTHS])
+def output_steps(device: Device = "cpu") -> Tensor:
+    """Of the output, which has been through a ReLU."""
+    return torch.tensor([UNSIGNED_STEPS[bits] for bits in INTEGER_WIDTHS], device=device)
 
 
-def repeated_bits(widths: Sequence[int], batch: int) -> Tensor:
+def output_zero_points(device: Device = "cpu") -> Tensor:
+    """Zeros, ready made: a call that is given none makes them anew."""
+    return torch.zeros(len(INTEGER_WIDTHS), dtype=torch.int32, device=device)
+
+
+def repeated_bits(widths: Sequence[int], batch: int, device: Device = "cpu") -> Tensor:
     """``widths`` over and over: int32 (batch,)."""
-    return torch.tensor([widths[n % len(widths)] for n in range(batch)], dtype=torch.int32)
+    values = [widths[n % len(widths)] for n in range(batch)]
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def packed_input(layer: Layer, bits: Tensor) -> PackedActivation:
     """A batch with each sample at its own integer width; rows have room for 8 bits."""
     return quantize_pack(
-        layer_input(layer, len(bits)),
+        layer_input(layer, len(bits), bits.device),
         bits,
-        steps(layer),
-        zero_points(layer),
+        steps(layer, bits.device),
+        zero_points(layer, bits.device),
         bit_options=INTEGER_WIDTHS,
     )
 
@@ -56,21 +76,24 @@ def packed_float_input(layer: Layer, batch: int) -> PackedActivation:
     return quantize_pack(layer_input(layer, batch), 32, 1.0, bit_options=(32,))
 
 
-def run_packed(layer: Layer) -> Run:
+def run_packed(layer: Layer, device: Device = "cpu") -> Run:
     """Packed in, packed out with a ReLU, at the samples' own integer widths."""
-    return _run_packed(layer, layer_weights(layer).packed, output_steps())
+    weight = layer_weights(layer, device).packed
+    return _run_packed(layer, weight, output_steps(device), output_zero_points(device))
 
 
-def run_packed_float(layer: Layer) -> Run:
+def run_packed_float(layer: Layer, device: Device = "cpu") -> Run:
     """The same where all samples are at 32 bits."""
-    return _run_packed(layer, layer_weights(layer).packed_float, torch.ones(1))
+    weight = layer_weights(layer, device).packed_float
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    return _run_packed(layer, weight, torch.ones(1, device=device), zero)
 
 
-def run_float_at_8(layer: Layer, batch: int) -> Run:
+def run_float_at_8(layer: Layer, batch: int, device: Device = "cpu") -> Run:
     """Float32 in, quantized inside, float32 out, no ReLU; for at most ``batch`` samples."""
-    weight = layer_weights(layer).packed
-    scale, zero_point = steps(layer), zero_points(layer)
-    bits = repeated_bits((8,), batch)
+    weight = layer_weights(layer, device).packed
+    scale, zero_point = steps(layer, device), zero_points(layer, device)
+    bits = repeated_bits((8,), batch, device)
 
     def run(x: Tensor, backend: str | None = None) -> Any:
         return mixed_conv2d(
@@ -91,7 +114,7 @@ def run_float_at_8(layer: Layer, batch: int) -> Run:
 def packed_batch(layer: Layer, bits: Tensor, rotate: bool = True) -> Prepared:
     """:func:`run_packed` on samples of the given widths."""
     touched = int(bits.sum()) / 8 * (layer.in_values + layer.out_values) if rotate else 0
-    return _prepare(run_packed(layer), packed_input(layer, bits), touched)
+    return _prepare_rotated(run_packed(layer), packed_input(layer, bits), touched)
 
 
 def packed_at(bits: int) -> Maker:
@@ -108,51 +131,111 @@ def packed_mix(layer: Layer, batch: int, threads: int) -> Prepared:
 
 def float_at_8(layer: Layer, batch: int, threads: int) -> Prepared:
     x = layer_input(layer, batch)
-    return _prepare(run_float_at_8(layer, batch), x, _float_bytes(layer, batch))
+    return _prepare_rotated(run_float_at_8(layer, batch), x, float_bytes(layer, batch))
 
 
 def packed_float(layer: Layer, batch: int, threads: int) -> Prepared:
     x = packed_float_input(layer, batch)
-    return _prepare(run_packed_float(layer), x, _float_bytes(layer, batch))
+    return _prepare_rotated(run_packed_float(layer), x, float_bytes(layer, batch))
 
 
 def plain_float(channels_last: bool) -> Maker:
     """Float32 in, float32 out at 32 bits, no ReLU: what PyTorch's convolution computes."""
 
     def make(layer: Layer, batch: int, threads: int) -> Prepared:
-        weight = layer_weights(layer).packed_float
-        bits = repeated_bits((32,), batch)
-
-        def run(x: Tensor, backend: str | None = None) -> Any:
-            return mixed_conv2d(
-                x,
-                weight,
-                bits[: len(x)],
-                stride=layer.stride,
-                padding=layer.padding,
-                groups=layer.groups,
-                backend=backend,
-            )
-
         x = layer_input(layer, batch)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return _prepare(run, x, _float_bytes(layer, batch), is_float_sum=True)
+        run = run_plain_float(layer, batch)
+        return _prepare_rotated(run, x, float_bytes(layer, batch), is_float_sum=True)
 
     return make
 
 
-def _run_packed(layer: Layer, weight: PackedConvWeight, out_scale: Tensor) -> Run:
+def run_plain_float(layer: Layer, batch: int, device: Device = "cpu") -> Run:
+    """Float32 in and out at 32 bits, no ReLU; for at most ``batch`` samples."""
+    weight = layer_weights(layer, device).packed_float
+    bits = repeated_bits((32,), batch, device)
+
+    def run(x: Tensor, backend: str | None = None) -> Any:
+        return mixed_conv2d(
+            x,
+            weight,
+            bits[: len(x)],
+            stride=layer.stride,
+            padding=layer.padding,
+            groups=layer.groups,
+            backend=backend,
+        )
+
+    return run
+
+
+def run_from_stream(layer: Layer, bits: Tensor) -> Run:
+    """A block's first convolution: an 8-bit stream read at own widths, and those written.
+
+    Args:
+        bits: the widths; a smaller batch takes those at the beginning.
+    """
+    device = bits.device
+    weight = layer_weights(layer, device).packed
+    own = (bits, steps(layer, device), zero_points(layer, device))
+    return _run_packed(layer, weight, output_steps(device), output_zero_points(device), own)
+
+
+def run_into_stream(layer: Layer, device: Device = "cpu") -> Run:
+    """A block's second convolution: from own widths, adding into an 8-bit stream in place."""
+    weight = layer_weights(layer, device).packed
+
+    def run(pair: tuple[PackedActivation, PackedActivation], backend: str | None = None) -> Any:
+        x, stream = pair
+        mixed_conv2d_(
+            x,
+            weight,
+            x.bits,
+            residual=stream,
+            padding=layer.padding,
+            activation="relu",
+            backend=backend,
+        )
+        return stream
+
+    return run
+
+
+def check_in_place(run: Run, x: PackedActivation, stream: PackedActivation) -> None:
+    """:func:`run_into_stream` gives the reference's codes and leaves skipped samples alone."""
+    picked = _picked(x)
+    got = run((x, stream.clone()))
+    few_x, few_stream = select_samples(x, picked), select_samples(stream, picked)
+    expected = run((few_x, few_stream.clone()), backend="reference")
+    assert_same(select_samples(got, picked), expected)
+    assert torch.equal(got.data[x.bits == 0], stream.data[x.bits == 0])
+
+
+def _run_packed(
+    layer: Layer,
+    weight: PackedConvWeight,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    own: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Run:
+    """At the widths that the input is stored at, or at ``own`` widths, steps and zero points."""
+    widths, scale, zero_point = (None, None, None) if own is None else own
+
     def run(x: PackedActivation, backend: str | None = None) -> Any:
         return mixed_conv2d(
             x,
             weight,
-            x.bits,
+            x.bits if widths is None else widths[: x.shape[0]],
+            scale,
+            zero_point,
             stride=layer.stride,
             padding=layer.padding,
             groups=layer.groups,
             activation="relu",
             output_scale=out_scale,
+            output_zero_point=out_zero_point,
             backend=backend,
         )
 
@@ -194,12 +277,14 @@ def assert_same(got: Any, expected: Any, is_float_sum: bool = False) -> None:
             assert torch.equal(got.data[n, :used], expected.data[n, :used])
 
 
-def _prepare(run: Run, x: Any, touched: float, is_float_sum: bool = False) -> Prepared:
-    batch = x.shape[0]
-    copies = copies_to_rotate(batch, touched)
+def _prepare_rotated(run: Run, x: Any, touched: float, is_float_sum: bool = False) -> Prepared:
+    return prepared(run, x, copies_to_rotate(x.shape[0], touched), is_float_sum)
+
+
+def prepared(run: Run, x: Any, copies: int, is_float_sum: bool = False) -> Prepared:
+    """``run`` on ``copies`` of ``x`` in turn, checked against the reference."""
     call = Rotation(run, [x, *(x.clone() for _ in range(copies - 1))])
-    # One sample of each width, and the last one.
-    picked = sorted({*range(min(batch, len(MIX) if is_mixed(x) else 1)), batch - 1})
+    picked = _picked(x)
 
     def check() -> None:
         got = select_samples(call(), picked)
@@ -209,5 +294,12 @@ def _prepare(run: Run, x: Any, touched: float, is_float_sum: bool = False) -> Pr
     return Prepared(call, check, copies)
 
 
-def _float_bytes(layer: Layer, batch: int) -> int:
+def _picked(x: Any) -> list[int]:
+    """One sample of each width, and the last one."""
+    batch = x.shape[0]
+    return sorted({*range(min(batch, len(MIX) if is_mixed(x) else 1)), batch - 1})
+
+
+def float_bytes(layer: Layer, batch: int) -> int:
+    """What a call reads and writes of activations in float32."""
     return 4 * batch * (layer.in_values + layer.out_values)

@@ -11,16 +11,20 @@ from bench.machine import last_level_cache
 _MARGIN = 1.25
 
 
-def copies_to_rotate(batch: int, touched_bytes: float) -> int:
+def copies_to_rotate(batch: int, touched_bytes: float, cache_bytes: float | None = None) -> int:
     """How many sets of buffers a contestant goes round.
 
     A single image stays in the cache on its way through a network, so at batch 1 nobody rotates.
     A batch streams through memory: there everybody does, by the bytes that their own call reads
     and writes.
+
+    Args:
+        cache_bytes: what they exceed together; by default this processor's last-level cache.
     """
     if batch == 1 or touched_bytes == 0:
         return 1
-    return max(2, math.ceil(_MARGIN * last_level_cache() / touched_bytes))
+    cache = last_level_cache() if cache_bytes is None else cache_bytes
+    return max(2, math.ceil(_MARGIN * cache / touched_bytes))
 
 
 class Rotation:

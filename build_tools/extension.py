@@ -79,10 +79,11 @@ def _add_cpu_module(ninja: NinjaFile, compiler: HostCompiler, output: Path) -> N
         ninja.compile_cpp(compiler, source.path, source.flags)
         for source in library_sources(compiler)
     ]
-    module = Path("csrc", "python", "cpu_module.cpp")
-    if not (ROOT / module).is_file():
-        raise BuildError(f"{module} is missing")
-    objects.append(ninja.compile_cpp(compiler, module, module_flags(compiler)))
+    for name in ("cpu_module.cpp", "engine_bindings.cpp"):
+        module = Path("csrc", "python", name)
+        if not (ROOT / module).is_file():
+            raise BuildError(f"{module} is missing")
+        objects.append(ninja.compile_cpp(compiler, module, module_flags(compiler)))
     link_module(ninja, compiler, output, objects)
 
 

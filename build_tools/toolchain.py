@@ -180,7 +180,7 @@ class SourceFile:
 def include_flags(compiler: HostCompiler) -> tuple[str, ...]:
     """Where csrc/ finds its own headers."""
     option = "/I" if compiler.is_msvc else "-I"
-    return tuple(f"{option}{Path('csrc', name)}" for name in ("include", "cpu"))
+    return tuple(f"{option}{Path('csrc', name)}" for name in ("include", "cpu", "engine"))
 
 
 def system_include_flags(compiler: HostCompiler, *directories: str) -> tuple[str, ...]:

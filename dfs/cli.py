@@ -21,6 +21,8 @@ from rich.table import Table
 import dfs
 from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
 from dfs.data.picture import PictureError
+from dfs.engine import freeze
+from dfs.engine.budget import BudgetCurve
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
 from dfs.predict import Predictor, predictions_table
@@ -32,6 +34,8 @@ from dfs.train.network import load_network
 from dfs.train.trainer import stage_names
 
 USER_ERROR = 2
+# How many validation images budgets are measured on at most.
+_CALIBRATION_IMAGES = 1024
 RUN_FAILED = 1
 
 app = typer.Typer(
@@ -180,17 +184,21 @@ def evaluate_run(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures of any common format and size.")],
-    checkpoint: Annotated[Path, typer.Option(help="Folder of a finished run, or a checkpoint.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of a finished run, or a checkpoint.")
+    ] = None,
+    engine: Annotated[Path | None, typer.Option(help="File that dfs freeze wrote.")] = None,
     as_json: Json = False,
 ) -> None:
     """Class, confidence, every block's bits, cost and time of each picture."""
-    found = list(Predictor.from_checkpoint(checkpoint).predict(images))
+    found = list(_make_predictor(checkpoint, engine).predict(images))
     unreadable = [error for error in found if isinstance(error, PictureError)]
     predictions = [one for one in found if not isinstance(one, PictureError)]
     if as_json:
         _print_json(
             {
-                "checkpoint": str(checkpoint),
+                "checkpoint": None if checkpoint is None else str(checkpoint),
+                "engine": None if engine is None else str(engine),
                 "predictions": [one.to_dict() for one in predictions],
                 "unreadable": [str(error) for error in unreadable],
             }
@@ -201,6 +209,60 @@ def predict(
         print(f"dfs: {error}", file=sys.stderr)
     if unreadable:
         raise typer.Exit(USER_ERROR)
+
+
+def _make_predictor(checkpoint: Path | None, engine: Path | None) -> Predictor:
+    if (checkpoint is None) == (engine is None):
+        raise UserError("give --checkpoint or --engine, one of them")
+    if checkpoint is not None:
+        return Predictor.from_checkpoint(checkpoint)
+    assert engine is not None
+    try:
+        return Predictor.from_engine(engine)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@app.command(name="freeze")
+def freeze_run(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The engine file to write.")],
+    calibrate_budget: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-budget",
+            help="Measure cost, time and accuracy of the budgets that can be set, on the "
+            "validation images.",
+        ),
+    ] = False,
+    data: Data = None,
+    waived: Waived = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trained network into one file that only runs: folded, packed, fast."""
+    if out.exists():
+        raise UserError(f"--out {out} is there already")
+    network = load_network(run)
+    side = network.preprocessing.size
+    try:
+        engine = freeze(network.model, (side, side), network.preprocessing)
+        if calibrate_budget:
+            splits = _data_of(network.config, data, waived or [])
+            val = splits.prepared(network.preprocessing).val
+            with Console(stderr=True).status("calibrating budgets"):
+                images = val.first(_CALIBRATION_IMAGES)
+                engine.calibrate_budget(images, val.labels[: len(images)])
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from error
+    engine.save(out)
+    curve = engine.budget_curve
+    if as_json:
+        points = None if curve is None else curve.to_json()
+        _print_json({"engine": str(out), "bytes": out.stat().st_size, "budgets": points})
+        return
+    print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
+    if curve is not None:
+        Console().print(_budget_table(curve))
 
 
 @app.command(name="import-authors")
@@ -433,16 +495,31 @@ def _report_network(
     """A checkpoint that no run surrounds: there is no float network beside it."""
     network = load_network(path)
     config = network.config
-    if data is None and config.data:
-        data = Path(config.data)
-    try:
-        found = load_dataset(
-            config.dataset, config.seed, data, config.image_size, waived or config.allow_unverified
-        ).prepared(network.preprocessing)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    found = _data_of(config, data, waived).prepared(network.preprocessing)
     rows = [ResultRow("DFS", evaluate(network.model, found.val if split == "val" else found.test))]
     _print_results(config, found, split, rows, as_json)
+
+
+def _data_of(config: TrainConfig, data: Path | None, waived: Sequence[str]) -> DataSplits:
+    """The data set of a checkpoint, from its own folder unless another is given."""
+    if data is None and config.data:
+        data = Path(config.data)
+    unverified = waived or config.allow_unverified
+    try:
+        return load_dataset(config.dataset, config.seed, data, config.image_size, unverified)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _budget_table(curve: BudgetCurve) -> Table:
+    table = Table(title="Budgets that can be set")
+    for column in ("paper cost %", "accuracy %", "ms per image, p50", "p99"):
+        table.add_column(column, justify="right")
+    for point in curve.points:
+        accuracy = "" if point.accuracy is None else f"{point.accuracy:.2%}".rstrip("%")
+        cells = (f"{point.cost * 100:.3f}", accuracy, f"{point.p50:.3f}", f"{point.p99:.3f}")
+        table.add_row(*cells)
+    return table
 
 
 def _print_results(

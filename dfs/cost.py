@@ -6,6 +6,8 @@ batch of one-hot masks is exact and differentiable.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,24 @@ class Cost:
         self.fixed = fixed / full
         self.table = table.double() / full
         self.full = full
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for :meth:`from_dict`."""
+        return {"fixed": self.fixed, "table": self.table.tolist(), "full": self.full}
+
+    @staticmethod
+    def from_dict(values: object, blocks: int, choices: int) -> Cost:
+        """A cost that was saved; ValueError unless it is one for so many blocks and choices."""
+        if not isinstance(values, dict) or set(values) != {"fixed", "table", "full"}:
+            raise ValueError(f"a cost must have fixed, table and full, got {values!r}")
+        try:
+            table = torch.tensor(values["table"], dtype=torch.float64)
+            fixed, full = float(values["fixed"]), float(values["full"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a cost must hold numbers: {error}") from None
+        if tuple(table.shape) != (blocks, choices) or not full > 0:
+            raise ValueError(f"a cost needs a table of {blocks} x {choices} and a positive full")
+        return Cost(fixed * full, table * full, full)
 
     def __call__(self, mask: Tensor) -> Tensor:
         """Cost per sample (N,) of one-hot decisions (N, gated blocks, choices)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import Preprocessing
 from dfs.data.picture import PictureError, network_pixels
+from dfs.engine import load_engine
 from dfs.train.network import load_network
 
 # Normalized images (N, C, H, W) to logits (N, classes) and bits (N, gated blocks).
@@ -74,6 +75,24 @@ class Predictor:
 
         costs = {"paper_cost": PaperCost(model), "bitops": BitOps(model, (side, side))}
         return Predictor(classify, network.preprocessing, model.choices, costs)
+
+    @staticmethod
+    def from_engine(path: Path) -> Predictor:
+        """A frozen network.
+
+        Raises:
+            ValueError: the file can't be used, or does not say what pictures its network takes.
+        """
+        engine = load_engine(path)
+        if engine.preprocessing is None:
+            raise ValueError(f"{path} doesn't say how pictures become its network's input")
+
+        def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+            out = engine(images)
+            return out.logits, out.bits
+
+        costs = {"paper_cost": engine.costs["paper"], "bitops": engine.costs["bitops"]}
+        return Predictor(classify, engine.preprocessing, engine.choices, costs)
 
     def predict(self, paths: Sequence[Path]) -> Iterator[Prediction | PictureError]:
         """Look at pictures one by one; one that can't be read gives its error instead."""

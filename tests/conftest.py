@@ -10,11 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from bench.gpu.device import is_rehearsal, lost_reason, machine, missing_reason
 from build_tools import cuda_emulator
 from build_tools.toolchain import BuildError
-
-# The Triton kernels are tested on CPU tensors. Triton looks at it when they are defined.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -29,15 +27,50 @@ settings.load_profile("dfs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the CUDA kernels emulated too, but in a run of what needs a GPU that is there."""
-    if config.option.markexpr == "gpu" and torch.cuda.is_available():
-        return
+    # Triton looks at it when a kernel is defined, so a run compiles all kernels or interprets all,
+    # on CPU tensors: tests that need a GPU have a run of their own, ``pytest -m gpu``.
+    if is_rehearsal() or config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        emulate_cuda()
+
+
+def emulate_cuda() -> None:
+    """Have the CUDA kernels run on CPU tensors too: looked at when their backend is imported."""
     if "DFS_CUDA_EMULATOR" in os.environ:
         return
     try:
         os.environ["DFS_CUDA_EMULATOR"] = str(cuda_emulator.build_module())
     except BuildError as error:
         warnings.warn(f"the CUDA kernels are not tested: {error}", RuntimeWarning, stacklevel=1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = missing_reason()
+    if reason is None and not is_rehearsal() and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "Triton's kernels are interpreted in this run: pytest -m gpu runs these"
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def healthy_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests marked gpu: full float32, and an end of the run where the GPU is lost."""
+    if request.node.get_closest_marker("gpu") is None or is_rehearsal():
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    reason = lost_reason()
+    if reason is not None:
+        pytest.exit(f"{request.node.nodeid} broke the CUDA context: {reason}", returncode=1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """For tests marked gpu: the GPU, or a CPU in a rehearsal."""
+    return machine().device
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "float_environment.h"
 #include "operations.h"
+#include "output_scaling.h"
 #include "parallel.h"
 #include "weight_tile.h"
 
@@ -82,18 +83,10 @@ OutputScaling output_scaling(const MixedConv2dArgs& args, const bool* used) {
   for (int i = 0; i < widths.count; ++i) {
     if (!used[i]) continue;
     const int32_t bits = widths.bits[i];
-    double input_scale = 1.0;
-    if (bits != 32) input_scale = loaded.scale[index_of(loaded.widths, bits)];
-    for (int64_t o = 0; o < channels; ++o) {
-      const int64_t entry = i * channels + o;
-      double weight_scale = bits == 32 ? 1.0 : static_cast<double>(args.weight.scale[entry]);
-      if (bits != 32 && args.weight.centred[i]) weight_scale *= 0.5;
-      const double mul = args.mul == nullptr ? 1.0 : static_cast<double>(args.mul[entry]);
-      const double add = args.add == nullptr ? 0.0 : static_cast<double>(args.add[entry]);
-      const double bias = args.bias == nullptr ? 0.0 : static_cast<double>(args.bias[o]);
-      scaling.multiplier[entry] = static_cast<float>(input_scale * weight_scale * mul);
-      scaling.offset[entry] = static_cast<float>(bias * mul + add);
-    }
+    const float input_scale = bits == 32 ? 1.0f : loaded.scale[index_of(loaded.widths, bits)];
+    fold_output_scaling(args.weight, i, channels, input_scale, args.bias, args.mul, args.add,
+                        scaling.multiplier.get() + i * channels,
+                        scaling.offset.get() + i * channels);
   }
   return scaling;
 }

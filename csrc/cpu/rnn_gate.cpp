@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "checks.h"
 #include "dispatch.h"
+#include "gate_step.h"
 #include "operations.h"
 #include "parallel.h"
 
@@ -32,36 +32,36 @@ void pool_values(const FeatureMap& map, int64_t sample, double* means) {
 }
 
 // A packed sample at 32 bits as a float map of one sample.
-FeatureMap float_view(const FeatureMap& map, const uint8_t* row) {
+FeatureMap float_view(const FeatureMap& map, const float* row) {
   FeatureMap view;
   view.channels = map.channels;
   view.height = map.height;
   view.width = map.width;
-  view.values = const_cast<float*>(reinterpret_cast<const float*>(row));
+  view.values = const_cast<float*>(row);  // never written through
   view.stride_c = 1;
   view.stride_h = map.channels * map.width;
   view.stride_w = map.channels;
   return view;
 }
 
-void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table, uint8_t* unpacked,
-                int32_t* sums, double* means) {
+void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table, void* scratch,
+                double* means) {
   const int32_t bits = map.bits[sample];
   const uint8_t* row = map.codes + sample * map.row_bytes;
+  const int64_t pixels = map.height * map.width;
   if (bits == 0) {
     std::fill(means, means + map.channels, 0.0);
     return;
   }
-  const int64_t pixels = map.height * map.width;
   if (bits == 32) {
     // Rows may begin at any byte.
-    const size_t bytes = static_cast<size_t>(pixels * map.channels) * sizeof(float);
-    std::vector<float> aligned(static_cast<size_t>(pixels * map.channels));
-    std::memcpy(aligned.data(), row, bytes);
-    pool_values(float_view(map, reinterpret_cast<const uint8_t*>(aligned.data())), 0, means);
+    std::memcpy(scratch, row, static_cast<size_t>(pixels * map.channels) * sizeof(float));
+    pool_values(float_view(map, static_cast<const float*>(scratch)), 0, means);
     return;
   }
+  auto* sums = static_cast<int32_t*>(scratch);
   if (bits != 8) {
+    auto* unpacked = reinterpret_cast<uint8_t*>(sums + map.channels);
     table.unpack_pixels(row, pixels, map.channels, bits, false, unpacked);
     row = unpacked;
   }
@@ -72,38 +72,23 @@ void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table,
   for (int64_t c = 0; c < map.channels; ++c) means[c] = static_cast<double>(sums[c] - zero) * step;
 }
 
-// weight (rows, columns) times x, plus bias.
-double dot(const float* weight, int64_t row, int64_t columns, const double* x, const float* bias) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < columns; ++i) sum += weight[row * columns + i] * x[i];
-  return sum + bias[row];
-}
-
-// Index of the largest logit, the lowest among equals; the last one where a NaN leaves no largest.
-int64_t cheapest_argmax(const double* logits, int64_t count) {
-  int64_t best = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    if (std::isnan(logits[k])) return count - 1;
-    if (logits[k] > logits[best]) best = k;
-  }
-  return best;
-}
-
-void decide(const RnnGateArgs& args, int64_t sample, const double* means) {
+// `memory` holds 6 * hidden values.
+void decide(const RnnGateArgs& args, int64_t sample, const double* means, double* memory) {
   const int64_t hidden = args.hidden;
-  std::vector<double> memory(static_cast<size_t>(6 * hidden), 0.0);
-  double* x = memory.data();
+  double* x = memory;
   double* gates = x + hidden;
   double* before = gates + 4 * hidden;
   if (args.state != nullptr) {
     std::copy_n(args.state + sample * hidden, hidden, before);
+  } else {
+    std::fill_n(before, hidden, 0.0);
   }
   for (int64_t i = 0; i < hidden; ++i) {
-    x[i] = dot(args.embed_weight, i, args.input.channels, means, args.embed_bias);
+    x[i] = map_row(args.embed_weight, i, args.input.channels, means, args.embed_bias);
   }
   for (int64_t i = 0; i < 4 * hidden; ++i) {
-    gates[i] = dot(args.weight_ih, i, hidden, x, args.bias_ih) +
-               dot(args.weight_hh, i, hidden, before, args.bias_hh);
+    gates[i] = map_row(args.weight_ih, i, hidden, x, args.bias_ih) +
+               map_row(args.weight_hh, i, hidden, before, args.bias_hh);
   }
   const int64_t cells = (args.batch + sample) * hidden;
   double* output = args.out_state + sample * hidden;
@@ -117,12 +102,60 @@ void decide(const RnnGateArgs& args, int64_t sample, const double* means) {
   const int64_t count = args.choice_count;
   double* logits = args.out_logits + sample * count;
   for (int64_t k = 0; k < count; ++k) {
-    logits[k] = dot(args.proj_weight, k, hidden, output, args.proj_bias) + args.choice_bias[k];
+    logits[k] = map_row(args.proj_weight, k, hidden, output, args.proj_bias) + args.choice_bias[k];
   }
   args.out_bits[sample] = args.choices[cheapest_argmax(logits, count)];
 }
 
 }  // namespace
+
+size_t pool_scratch_bytes(const FeatureMap& map) {
+  if (!is_packed(map)) return 0;
+  const int64_t values = map.channels * map.height * map.width;
+  const WidthTable& widths = map.quantizer.widths;
+  const int64_t unpacked = index_of(widths, 2) >= 0 || index_of(widths, 4) >= 0 ? values : 0;
+  const int64_t sums = map.channels * static_cast<int64_t>(sizeof(int32_t)) + unpacked;
+  const int64_t floats =
+      index_of(widths, 32) >= 0 ? values * static_cast<int64_t>(sizeof(float)) : 0;
+  return static_cast<size_t>(std::max(sums, floats));
+}
+
+void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table, void* scratch,
+                 double* means) {
+  if (is_packed(map)) {
+    pool_codes(map, sample, table, scratch, means);
+  } else {
+    pool_values(map, sample, means);
+  }
+}
+
+double map_row(const float* weight, int64_t row, int64_t columns, const double* x,
+               const float* bias) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < columns; ++i) sum += weight[row * columns + i] * x[i];
+  return sum + bias[row];
+}
+
+int64_t cheapest_argmax(const double* logits, int64_t count) {
+  int64_t best = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    if (std::isnan(logits[k])) return count - 1;
+    if (logits[k] > logits[best]) best = k;
+  }
+  return best;
+}
+
+size_t gate_scratch_bytes(const RnnGateArgs& args) {
+  const int64_t doubles = args.input.channels + 6 * args.hidden;
+  return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(args.input);
+}
+
+void gate_step(const RnnGateArgs& args, int64_t sample, const KernelTable& table, void* scratch) {
+  auto* means = static_cast<double*>(scratch);
+  double* memory = means + args.input.channels;
+  pool_sample(args.input, sample, table, memory + 6 * args.hidden, means);
+  decide(args, sample, means, memory);
+}
 
 void rnn_gate(const RnnGateArgs& args, int threads) {
   const FeatureMap& map = args.input;
@@ -133,18 +166,9 @@ void rnn_gate(const RnnGateArgs& args, int threads) {
   const KernelTable& table = kernels();
   const int64_t values = map.channels * map.height * map.width;
   const double cost = static_cast<double>(values) * kNanosecondsPerValue + kStepNanoseconds;
-  parallel_for(args.batch, cost, threads, [&](int64_t sample, int) {
-    std::vector<double> means(static_cast<size_t>(map.channels));
-    if (is_packed(map)) {
-      const int32_t bits = map.bits[sample];
-      std::vector<uint8_t> unpacked(bits == 2 || bits == 4 ? static_cast<size_t>(values) : 0);
-      std::vector<int32_t> sums(static_cast<size_t>(map.channels));
-      pool_codes(map, sample, table, unpacked.data(), sums.data(), means.data());
-    } else {
-      pool_values(map, sample, means.data());
-    }
-    decide(args, sample, means.data());
-  });
+  parallel_for_scratch(
+      args.batch, cost, threads, gate_scratch_bytes(args),
+      [&](int64_t sample, void* memory) { gate_step(args, sample, table, memory); });
 }
 
 }  // namespace dfs

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "engine_bindings.h"
 #include "operations.h"
 #include "structs.h"
 #include "thread_pool.h"
@@ -223,4 +224,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_structs(module);
   bind_mixed_conv2d_backward(module);
   bind_operations(module);
+  bind_engine(module);
 }

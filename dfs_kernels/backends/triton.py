@@ -279,7 +279,8 @@ def mixed_conv2d_backward(
             found.input_scale = _input_scale_gradient(call, slopes)
     if wanted.add or wanted.mul:
         per_sample = grad_output.sum((2, 3), dtype=torch.float64)
-        chosen = call.bits == torch.tensor(options, device=x.device)[:, None]
+        # One comparison for each: to copy the options to the GPU would wait for it.
+        chosen = torch.stack([call.bits == bits for bits in options])
         sums = torch.where(chosen[:, :, None], per_sample, 0.0).sum(1).float()
         found.add = sums if wanted.add else None
     if wanted.weight or wanted.weight_scale or wanted.mul:

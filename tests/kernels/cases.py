@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,16 +18,13 @@ from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import Quantizer, row_bytes
 from dfs_kernels.widths import activation_max
 
+CPU_BACKENDS = tuple(name for name in available_backends() if load(name).supports("cpu", (8,)))
 # What every test compares. Triton's interpreter takes many minutes for all of them, so that it has
 # a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1.
 _SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}
-OTHER_BACKENDS = tuple(
-    name for name in available_backends() if name != "reference" and name not in _SLOW
-)
+OTHER_BACKENDS = tuple(name for name in CPU_BACKENDS if name not in ("reference", *_SLOW))
 # The same with Triton, for tests that do not take long with it either.
-WITH_TRITON = tuple(
-    name for name in available_backends() if name in OTHER_BACKENDS or name == "triton"
-)
+WITH_TRITON = tuple(name for name in CPU_BACKENDS if name in (*OTHER_BACKENDS, "triton"))
 # Why the Triton kernels can't be compared, for tests that are skipped then.
 TRITON_REASON = str(load("triton").unavailable_reason())
 
@@ -35,6 +33,13 @@ INPUT_FORMS = ("contiguous", "channels_last", "strided", "packed", "requantized"
 STREAM_FORM = "stream"
 RESIDUAL_FORMS = (None, "float", "strided", "packed")
 OUTPUT_FORMS = ("float", "channels_last", "own", "fixed", "in_place")
+
+# Every combination of them that there is.
+FORMS = tuple(
+    forms
+    for forms in itertools.product(INPUT_FORMS, RESIDUAL_FORMS, OUTPUT_FORMS)
+    if forms[1] is not None or forms[2] != "in_place"
+)
 
 _GUARD = 64
 _FLOAT_POISON = {"reference": 12345.0, "other": float("nan")}
@@ -69,6 +74,9 @@ class ConvCase:
     offset: int = 0  # of packed rows from an aligned address, in bytes
     seed: int = 0
 
+    def describe(self) -> str:
+        return f"{self.bits}-{self.size}-{self.kernel}"
+
     @property
     def geometry(self) -> ConvGeometry:
         shape = (
@@ -89,6 +97,41 @@ class ConvCase:
     def output_shape(self) -> tuple[int, int, int, int]:
         geometry = self.geometry
         return len(self.bits), geometry.out_channels, *geometry.output_size(*self.size)
+
+
+# Where kernels tend to go wrong.
+CORNERS = (
+    ConvCase(bits=()),
+    ConvCase(bits=(), output_form="own", input_form="packed"),
+    ConvCase(bits=(0, 0, 0)),
+    ConvCase(bits=(0, 0), residual_form="float", relu=True),
+    ConvCase(bits=(0, 0), residual_form="packed", output_form="in_place", relu=True),
+    ConvCase(bits=(2, 8, 4, 32), size=(1, 1), kernel=(1, 1), padding=(0, 0, 0, 0)),
+    ConvCase(bits=(2, 8, 4, 32), size=(1, 1), padding=(1, 2, 0, 3)),
+    ConvCase(bits=(2, 8, 4, 32), size=(1, 17), kernel=(1, 5), stride=(1, 2)),
+    ConvCase(bits=(2, 8, 4), group_channels=129, group_outputs=17, kernel=(1, 1)),
+    ConvCase(bits=(2, 8, 4), group_channels=64, group_outputs=64, size=(8, 8)),
+    ConvCase(bits=(2, 8, 4, 32), group_channels=1, groups=33, group_outputs=1, size=(7, 9)),
+    ConvCase(bits=(4, 2, 8, 32), group_channels=2, groups=3, dilation=(2, 3), size=(9, 11)),
+    ConvCase(bits=(4, 2, 8, 32), padding=(9, 0, 0, 7), kernel=(2, 3)),
+    ConvCase(bits=(8, 32, 2), group_channels=16, size=(70, 90), stride=(2, 1)),
+)
+
+
+def cases_of_forms(
+    input_form: str, residual_form: str | None, output_form: str
+) -> tuple[ConvCase, ConvCase]:
+    """All widths in one batch, with a packed and with a float weight."""
+    case = ConvCase(
+        bits=(8, 0, 2, 32, 4, 0),
+        group_channels=5,
+        group_outputs=7,
+        input_form=input_form,
+        residual_form=residual_form,
+        output_form=output_form,
+        relu=True,
+    )
+    return replace(case, seed=1), replace(case, seed=2, packed_weight=False)
 
 
 @dataclass
@@ -195,6 +238,80 @@ def build(case: ConvCase) -> Built:
     )
 
 
+def packing_case(
+    bits: tuple[int, ...], channels: int, size: tuple[int, int], form: str, seed: int = 0
+) -> ConvCase:
+    """Whose input, a float tensor, is what there is to pack."""
+    return ConvCase(
+        bits=bits,
+        group_channels=channels,
+        size=size,
+        kernel=(1, 1),
+        padding=(0, 0, 0, 0),
+        input_form=form,
+        seed=seed,
+    )
+
+
+def build_largest_products(bits: int, zero_at_top: bool) -> Built:
+    """Codes and levels all at one extreme, without an affine."""
+    case = ConvCase(bits=(bits,), options=(bits,), centred=(False,), group_channels=64, size=(6, 6))
+    built = build(case)
+    top = activation_max(bits) if zero_at_top else 0
+    quantizer = Quantizer((bits,), torch.ones(1), torch.tensor([top], dtype=torch.int32))
+    weight = torch.full(built.weight.shape, -1e9)
+    scales = torch.ones(1, weight.shape[0])
+    return replace(
+        built,
+        input=torch.full((1, 64, 6, 6), -1e9 if zero_at_top else 1e9),
+        input_quantizer=quantizer,
+        weight=weight,
+        packed_weight=PackedConvWeight.from_float(weight, scales, (bits,), {bits: "twos"}),
+        mul=None,
+        add=None,
+        bias=None,
+    )
+
+
+def special_values() -> Tensor:
+    """(1, 20, 2, 2): what floats have beside ordinary numbers."""
+    tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    values = [torch.nan, torch.inf, -torch.inf, huge, -huge, tiny, -tiny, tiny / 2, 0.0, -0.0]
+    return torch.tensor(values).repeat(2)[None, :, None, None].expand(1, 20, 2, 2).contiguous()
+
+
+def on_device(built: Built, device: torch.device | str) -> Built:
+    """The same case with its tensors on a device, in the same forms."""
+    case = built.case
+
+    def move(x: Tensor | PackedActivation | None, form: str | None) -> Any:
+        if isinstance(x, PackedActivation):
+            moved = x.to(device)
+            return replace(moved, data=_offset_rows(moved.data, case.offset))
+        return None if x is None else _in_form(x.to(device), form or "contiguous")
+
+    def plain(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device)
+
+    def quantizer(q: Quantizer | None) -> Quantizer | None:
+        return None if q is None else q.to(device)
+
+    return Built(
+        case,
+        move(built.input, case.input_form),
+        quantizer(built.input_quantizer),
+        built.weight.to(device),
+        built.packed_weight.to(device),
+        built.bits.to(device),
+        plain(built.bias),
+        plain(built.mul),
+        plain(built.add),
+        move(built.residual, case.residual_form),
+        quantizer(built.output_quantizer),
+        built.output_bits.to(device),
+    )
+
+
 def pack(x: Tensor, bits: Tensor, quantizer: Quantizer, offset: int = 0) -> PackedActivation:
     """``x`` packed by the reference, in rows whose unused bytes are poisoned.
 
@@ -261,7 +378,7 @@ def _in_form(x: Tensor, form: str) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
     if form == "strided":
         n, c, h, w = x.shape
-        wide = torch.full((n, 2 * c, h, w + 3), torch.nan)
+        wide = torch.full((n, 2 * c, h, w + 3), torch.nan, device=x.device)
         wide[:, ::2, :, 1 : w + 1] = x
         return wide[:, ::2, :, 1 : w + 1]
     return x
@@ -360,7 +477,9 @@ def run(built: Built, backend: str) -> Result:
         return Result(built.residual, True)
     shape = case.output_shape
     if built.output_quantizer is None:
-        image, flat = _guarded_image(shape, case.output_form, _FLOAT_POISON[role])
+        image, flat = _guarded_image(
+            shape, case.output_form, _FLOAT_POISON[role], built.bits.device
+        )
         load(backend).mixed_conv2d(built.call(), image)
         edges = torch.cat([flat[:_GUARD], flat[-_GUARD:]])
         fresh = torch.full_like(edges, _FLOAT_POISON[role])
@@ -369,7 +488,9 @@ def run(built: Built, backend: str) -> Result:
     rows = row_bytes(quantizer.options, *shape[1:])
     poison = _CODE_POISON[role]
     guard = _GUARD + case.offset
-    codes = torch.full((2 * guard + shape[0] * rows,), poison, dtype=torch.uint8)
+    codes = torch.full(
+        (2 * guard + shape[0] * rows,), poison, dtype=torch.uint8, device=built.bits.device
+    )
     data = codes[guard : guard + shape[0] * rows].view(shape[0], rows)
     packed = PackedActivation(
         data,
@@ -387,15 +508,15 @@ def run(built: Built, backend: str) -> Result:
 def _copy_of(x: Tensor | PackedActivation | None, offset: int) -> Tensor | PackedActivation | None:
     if not isinstance(x, Tensor):
         return x if x is None else replace(x, data=_offset_rows(x.data, offset))
-    copy = torch.empty_strided(x.shape, x.stride())
+    copy = torch.empty_strided(x.shape, x.stride(), device=x.device)
     return copy.copy_(x)
 
 
 def _guarded_image(
-    shape: tuple[int, int, int, int], form: str, poison: float
+    shape: tuple[int, int, int, int], form: str, poison: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = shape
-    flat = torch.full((2 * _GUARD + n * c * h * w,), poison)
+    flat = torch.full((2 * _GUARD + n * c * h * w,), poison, device=device)
     inner = flat[_GUARD : _GUARD + n * c * h * w]
     if form == "channels_last":
         return inner.view(n, h, w, c).permute(0, 3, 1, 2), flat
@@ -484,17 +605,23 @@ def _values(x: Tensor | PackedActivation, n: int) -> Tensor:
     return reference.unpack_dequantize(one).double()
 
 
-def assert_matches_reference(built: Built, backend: str) -> None:
-    """Integer widths bit for bit, 32 bits within the bound, nothing written outside."""
+def assert_matches_reference(
+    built: Built, backend: str, device: torch.device | str = "cpu"
+) -> None:
+    """Integer widths bit for bit, 32 bits within the bound, nothing written outside.
+
+    The reference runs on the CPU, the backend on ``device``.
+    """
     expected = run(built, "reference")
-    got = run(built, backend)
+    got = run(built if device == "cpu" else on_device(built, device), backend)
+    out = got.out.to("cpu")
     assert got.guards_kept
     for n, width in enumerate(built.case.bits):
         if width == 32:
             assert within_bound(built, expected.out, n), f"reference, sample {n} at 32 bits"
-            assert within_bound(built, got.out, n), f"sample {n} at 32 bits"
+            assert within_bound(built, out, n), f"sample {n} at 32 bits"
         else:
-            assert torch.equal(sample_bits(got.out, n), sample_bits(expected.out, n)), (
+            assert torch.equal(sample_bits(out, n), sample_bits(expected.out, n)), (
                 f"sample {n} at {width} bits"
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -16,24 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import dfs_kernels
 from dfs_kernels import PackedActivation, mixed_conv2d, mixed_conv2d_, reference
 from dfs_kernels.backends import load
 from dfs_kernels.packing import Quantizer, row_bytes
 from tests.kernels.cases import (
-    INPUT_FORMS,
+    CORNERS,
+    FORMS,
     OTHER_BACKENDS,
-    OUTPUT_FORMS,
-    RESIDUAL_FORMS,
     WITH_TRITON,
     ConvCase,
     as_bits,
     assert_matches_reference,
     build,
+    build_largest_products,
+    cases_of_forms,
     conv_cases,
     pack,
+    packing_case,
     run,
     sample_bits,
+    special_values,
     subset,
     within_bound,
 )
@@ -63,52 +64,16 @@ def test_any_convolution(backend: str, case: ConvCase) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize(
-    ("input_form", "residual_form", "output_form"),
-    [
-        forms
-        for forms in itertools.product(INPUT_FORMS, RESIDUAL_FORMS, OUTPUT_FORMS)
-        if forms[1] is not None or forms[2] != "in_place"
-    ],
-)
+@pytest.mark.parametrize(("input_form", "residual_form", "output_form"), FORMS)
 def test_every_combination_of_forms(
     backend: str, input_form: str, residual_form: str | None, output_form: str
 ) -> None:
-    case = ConvCase(
-        bits=(8, 0, 2, 32, 4, 0),
-        group_channels=5,
-        group_outputs=7,
-        input_form=input_form,
-        residual_form=residual_form,
-        output_form=output_form,
-        relu=True,
-    )
-    for seed, packed_weight in ((1, True), (2, False)):
-        built = build(replace(case, seed=seed, packed_weight=packed_weight))
-        assert_matches_reference(built, backend)
+    for case in cases_of_forms(input_form, residual_form, output_form):
+        assert_matches_reference(build(case), backend)
 
 
 @with_triton
-@pytest.mark.parametrize(
-    "case",
-    [
-        ConvCase(bits=()),
-        ConvCase(bits=(), output_form="own", input_form="packed"),
-        ConvCase(bits=(0, 0, 0)),
-        ConvCase(bits=(0, 0), residual_form="float", relu=True),
-        ConvCase(bits=(0, 0), residual_form="packed", output_form="in_place", relu=True),
-        ConvCase(bits=(2, 8, 4, 32), size=(1, 1), kernel=(1, 1), padding=(0, 0, 0, 0)),
-        ConvCase(bits=(2, 8, 4, 32), size=(1, 1), padding=(1, 2, 0, 3)),
-        ConvCase(bits=(2, 8, 4, 32), size=(1, 17), kernel=(1, 5), stride=(1, 2)),
-        ConvCase(bits=(2, 8, 4), group_channels=129, group_outputs=17, kernel=(1, 1)),
-        ConvCase(bits=(2, 8, 4), group_channels=64, group_outputs=64, size=(8, 8)),
-        ConvCase(bits=(2, 8, 4, 32), group_channels=1, groups=33, group_outputs=1, size=(7, 9)),
-        ConvCase(bits=(4, 2, 8, 32), group_channels=2, groups=3, dilation=(2, 3), size=(9, 11)),
-        ConvCase(bits=(4, 2, 8, 32), padding=(9, 0, 0, 7), kernel=(2, 3)),
-        ConvCase(bits=(8, 32, 2), group_channels=16, size=(70, 90), stride=(2, 1)),
-    ],
-    ids=lambda case: f"{case.bits}-{case.size}-{case.kernel}",
-)
+@pytest.mark.parametrize("case", CORNERS, ids=ConvCase.describe)
 def test_corner(backend: str, case: ConvCase) -> None:
     assert_matches_reference(build(case), backend)
 
@@ -119,24 +84,7 @@ def test_corner(backend: str, case: ConvCase) -> None:
 def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: bool) -> None:
     """Codes and levels all at one extreme, where 16-bit pair sums would overflow."""
     top = (1 << bits) - 1
-    case = ConvCase(bits=(bits,), options=(bits,), centred=(False,), group_channels=64, size=(6, 6))
-    built = build(case)
-    zero_point = torch.tensor([top if zero_at_top else 0], dtype=torch.int32)
-    quantizer = Quantizer((bits,), torch.ones(1), zero_point)
-    x = torch.full((1, 64, 6, 6), -1e9 if zero_at_top else 1e9)
-    weight = torch.full(built.weight.shape, -1e9)
-    scales = torch.ones(1, weight.shape[0])
-    packed_weight = dfs_kernels.PackedConvWeight.from_float(weight, scales, (bits,), {bits: "twos"})
-    built = replace(
-        built,
-        input=x,
-        input_quantizer=quantizer,
-        weight=weight,
-        packed_weight=packed_weight,
-        mul=None,
-        add=None,
-        bias=None,
-    )
+    built = build_largest_products(bits, zero_at_top)
     assert_matches_reference(built, backend)
     out = run(built, backend).out
     assert isinstance(out, Tensor)
@@ -147,9 +95,7 @@ def test_largest_products_do_not_saturate(backend: str, bits: int, zero_at_top: 
 @with_triton
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_special_values_quantize_alike(backend: str, bits: int) -> None:
-    tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-    specials = [torch.nan, torch.inf, -torch.inf, huge, -huge, tiny, -tiny, tiny / 2, 0.0, -0.0]
-    x = torch.tensor(specials).repeat(2)[None, :, None, None].expand(1, 20, 2, 2).contiguous()
+    x = special_values()
     for scale in (2.0**-126, 1e-20, 0.3, 2.0**126):
         for zero_point in (0, 1, (1 << bits) - 1):
             quantizer = Quantizer(
@@ -208,16 +154,7 @@ def test_packing(
 def test_quantize_pack_and_unpack_dequantize(
     backend: str, channels: int, size: tuple[int, int], bits: list[int], form: str, seed: int
 ) -> None:
-    case = ConvCase(
-        bits=tuple(bits),
-        group_channels=channels,
-        size=size,
-        kernel=(1, 1),
-        padding=(0, 0, 0, 0),
-        input_form=form,
-        seed=seed,
-    )
-    built = build(case)
+    built = build(packing_case(tuple(bits), channels, size, form, seed))
     assert isinstance(built.input, Tensor)
     assert built.input_quantizer is not None
     quantizer = built.input_quantizer

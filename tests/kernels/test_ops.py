@@ -15,7 +15,6 @@ from dfs.nn import DFSConv2d
 from dfs_kernels import (
     PackedActivation,
     PackedConvWeight,
-    functional,
     mixed_conv2d,
     mixed_conv2d_,
     pack_bits,
@@ -25,61 +24,19 @@ from dfs_kernels import (
     use_backend,
 )
 from tests.kernels.cases import (
-    INPUT_FORMS,
     OTHER_BACKENDS,
-    OUTPUT_FORMS,
-    RESIDUAL_FORMS,
     WITH_TRITON,
     ConvCase,
     as_bits,
     build,
     sample_bits,
 )
+from tests.kernels.op_calls import calls_of, check_op, checkable_forms
 
 BACKENDS = ("reference", *OTHER_BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_triton = pytest.mark.parametrize("backend", ["reference", *WITH_TRITON])
 BITS = (8, 0, 2, 32, 4)
-
-Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-class _Recorder:
-    """Stands in for ``torch.ops.dfs`` and keeps what the public functions call."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = getattr(torch.ops.dfs, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((op.default, args, kwargs))
-            return op(*args, **kwargs)
-
-        return call
-
-
-def calls_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The op calls that a public function makes."""
-    recorder = _Recorder()
-
-    class Torch:
-        ops = type("ops", (), {"dfs": recorder})
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(functional, "torch", Torch())
-        run()
-    assert recorder.calls
-    return recorder.calls
-
-
-def check_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    results = torch.library.opcheck(op, args, kwargs)
-    assert set(results.values()) == {"SUCCESS"}, results
 
 
 @with_triton
@@ -128,26 +85,12 @@ def test_opcheck_of_retiling(backend: str) -> None:
     )
 
 
-def forms() -> list[tuple[str, str | None, str, bool]]:
-    """Each form of each argument at least once, with both kinds of weight."""
-    found = []
-    for i, input_form in enumerate(INPUT_FORMS):
-        for j, output_form in enumerate(OUTPUT_FORMS):
-            if output_form == "own":
-                continue  # its rows have unspecified bytes, which opcheck would compare
-            residual = RESIDUAL_FORMS[(i + j) % len(RESIDUAL_FORMS)]
-            if output_form == "in_place" and residual is None:
-                residual = "float"
-            found.append((input_form, residual, output_form, (i + j) % 2 == 0))
-    return found
-
-
 def forms_by_backend() -> list[tuple[str, str, str | None, str, bool]]:
     """All of them for each backend; a third for Triton where it is slow."""
     found = []
     for backend in ("reference", *WITH_TRITON):
         step = 1 if backend in BACKENDS else 3
-        found += [(backend, *form) for form in forms()[::step]]
+        found += [(backend, *form) for form in checkable_forms()[::step]]
     return found
 
 

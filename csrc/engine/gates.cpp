@@ -1,0 +1,157 @@
+#include "gates.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "checks.h"
+#include "gate_step.h"
+
+namespace dfs {
+namespace {
+
+// Keeps a gradient finite in training, so it belongs to the value.
+constexpr double kLeastVariance = 1e-10;
+
+template <typename T>
+std::vector<T> copied(const T* values, int64_t count) {
+  return std::vector<T>(values, values + count);
+}
+
+// Channel deviations of one sample, those of integer codes from exact sums.
+void spread_sample(const FeatureMap& map, const double* means, double* deviations) {
+  const int64_t pixels = map.height * map.width;
+  for (int64_t c = 0; c < map.channels; ++c) {
+    double variance = 0.0;
+    if (is_packed(map)) {
+      int64_t sum = 0;
+      int64_t squares = 0;
+      for (int64_t i = 0; i < pixels; ++i) {
+        const int64_t code = map.codes[i * map.channels + c];
+        sum += code;
+        squares += code * code;
+      }
+      const double step = static_cast<double>(map.quantizer.scale[0]) / static_cast<double>(pixels);
+      variance = static_cast<double>(pixels * squares - sum * sum) * (step * step);
+    } else {
+      for (int64_t y = 0; y < map.height; ++y) {
+        for (int64_t x = 0; x < map.width; ++x) {
+          const float value = map.values[y * map.stride_h + x * map.stride_w + c * map.stride_c];
+          const double difference = static_cast<double>(value) - means[c];
+          variance += difference * difference;
+        }
+      }
+      variance /= static_cast<double>(pixels);
+    }
+    deviations[c] = std::sqrt(variance + kLeastVariance);
+  }
+}
+
+}  // namespace
+
+Gates::Gates(const NetworkSpec& spec) : hidden_(spec.hidden), choices_(spec.choices) {
+  if (spec.gates.empty()) return;
+  const int64_t count = choice_count();
+  if (count < 1 || count > kMaxChoices) reject("network: it has gates, but no choices");
+  choice_bias_ = copied(spec.choice_bias, count);
+  if (spec.gates[0].kind == GateKind::kRecurrent) {
+    weight_ih_ = copied(spec.weight_ih, 4 * hidden_ * hidden_);
+    weight_hh_ = copied(spec.weight_hh, 4 * hidden_ * hidden_);
+    bias_ih_ = copied(spec.bias_ih, 4 * hidden_);
+    bias_hh_ = copied(spec.bias_hh, 4 * hidden_);
+    proj_weight_ = copied(spec.proj_weight, count * hidden_);
+    proj_bias_ = copied(spec.proj_bias, count);
+  }
+  size_t index = 0;
+  for (const BlockSpec& block : spec.blocks) {
+    if (block.fixed_bits >= 0) continue;
+    if (index == spec.gates.size()) reject("network: fewer gates than gated blocks");
+    if (block.layers.empty()) reject("network: a block without convolutions");
+    const GateSpec& from = spec.gates[index++];
+    if (from.kind != spec.gates[0].kind) reject("network: gates of different kinds");
+    Gate gate;
+    gate.kind = from.kind;
+    gate.deviation = from.deviation;
+    if (from.kind != GateKind::kConstant) {
+      const int64_t channels = block.layers[0].geometry.in_channels;
+      gate.embed_weight = copied(from.embed_weight, hidden_ * channels * (from.deviation ? 2 : 1));
+      gate.embed_bias = copied(from.embed_bias, hidden_);
+    }
+    if (from.kind == GateKind::kFeedForward) {
+      gate.proj_weight = copied(from.proj_weight, count * hidden_);
+    }
+    if (from.kind != GateKind::kRecurrent) gate.proj_bias = copied(from.proj_bias, count);
+    gates_.push_back(std::move(gate));
+  }
+  if (gates_.size() != spec.gates.size()) reject("network: more gates than gated blocks");
+}
+
+size_t Gates::scratch_bytes(const FeatureMap& features) const {
+  // Means, deviations, hidden units and what the LSTM keeps of them.
+  const int64_t doubles = 2 * features.channels + 6 * hidden_;
+  return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(features);
+}
+
+int32_t Gates::decide(int64_t index, const GateTask& task, const KernelTable& table) const {
+  const Gate& gate = gates_[static_cast<size_t>(index)];
+  if (gate.kind == GateKind::kRecurrent) {
+    return choices_[static_cast<size_t>(decide_recurrent(gate, task, table))];
+  }
+  if (gate.kind == GateKind::kFeedForward) {
+    return choices_[static_cast<size_t>(decide_feed_forward(gate, task, table))];
+  }
+  const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
+  for (size_t k = 0; k < choices_.size(); ++k) {
+    task.logits[k] = static_cast<double>(gate.proj_bias[k]) + bias[k];
+  }
+  return choices_[static_cast<size_t>(cheapest_argmax(task.logits, choice_count()))];
+}
+
+int64_t Gates::decide_recurrent(const Gate& gate, const GateTask& task,
+                                const KernelTable& table) const {
+  int32_t choice = 0;
+  RnnGateArgs args;
+  args.batch = 1;
+  args.input = task.features;
+  args.hidden = hidden_;
+  args.choice_count = choice_count();
+  for (int32_t k = 0; k < static_cast<int32_t>(choices_.size()); ++k) args.choices[k] = k;
+  args.state = task.has_state ? task.state_before : nullptr;
+  args.embed_weight = gate.embed_weight.data();
+  args.embed_bias = gate.embed_bias.data();
+  args.weight_ih = weight_ih_.data();
+  args.weight_hh = weight_hh_.data();
+  args.bias_ih = bias_ih_.data();
+  args.bias_hh = bias_hh_.data();
+  args.proj_weight = proj_weight_.data();
+  args.proj_bias = proj_bias_.data();
+  args.choice_bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
+  args.out_bits = &choice;
+  args.out_logits = task.logits;
+  args.out_state = task.state_after;
+  gate_step(args, 0, table, task.scratch);
+  return choice;
+}
+
+int64_t Gates::decide_feed_forward(const Gate& gate, const GateTask& task,
+                                   const KernelTable& table) const {
+  const int64_t channels = task.features.channels;
+  auto* features = static_cast<double*>(task.scratch);
+  double* units = features + 2 * channels;
+  pool_sample(task.features, 0, table, units + 6 * hidden_, features);
+  if (gate.deviation) spread_sample(task.features, features, features + channels);
+  const int64_t count = channels * (gate.deviation ? 2 : 1);
+  for (int64_t i = 0; i < hidden_; ++i) {
+    const double unit =
+        map_row(gate.embed_weight.data(), i, count, features, gate.embed_bias.data());
+    units[i] = unit <= 0.0 ? 0.0 : unit;  // keeps NaN
+  }
+  const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
+  for (int64_t k = 0; k < choice_count(); ++k) {
+    task.logits[k] =
+        map_row(gate.proj_weight.data(), k, hidden_, units, gate.proj_bias.data()) + bias[k];
+  }
+  return cheapest_argmax(task.logits, choice_count());
+}
+
+}  // namespace dfs

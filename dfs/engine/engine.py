@@ -1,0 +1,294 @@
+"""The frozen network that users run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfs.cost import BitOps, Cost, PaperCost
+from dfs.data import Preprocessing
+from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
+from dfs.engine.file import load_graph, save_graph
+from dfs.engine.freeze import freeze_network
+from dfs.engine.graph import EngineGraph
+from dfs.engine.native import EngineRun, NativeExecutor
+from dfs.models import DynamicResNet
+
+Policy = int | Tensor | None
+# What travels along in a file, by name.
+_BUDGET, _PREPROCESSING, _COSTS = "budget", "preprocessing", "costs"
+
+
+class EngineOutput(NamedTuple):
+    """What an engine says of a batch.
+
+    Attributes:
+        logits: float32 (N, classes); NaN for an image with a value that is not finite.
+        bits: int32 (N, gated blocks), the decisions.
+        cost: float64 (N,), the mean over gated blocks of (bits/32)^2 (Shen et al., section 4.1).
+    """
+
+    logits: Tensor
+    bits: Tensor
+    cost: Tensor
+
+
+class BlockTime(NamedTuple):
+    """One line of a profile: milliseconds for the whole batch.
+
+    Attributes:
+        name: "stem", "block 0" and so on, "classifier".
+        gate: of the block's gate; 0 where there is none.
+        share: of the total.
+    """
+
+    name: str
+    milliseconds: float
+    gate: float
+    share: float
+
+
+class Engine:
+    """A frozen network; make one with :func:`freeze` or :func:`load_engine`.
+
+    Attributes:
+        graph: what it consists of.
+        preprocessing: how pictures become its input, or None if nobody said.
+        costs: "paper" and "bitops", see :mod:`dfs.cost`.
+        budget_curve: what :meth:`set_budget` can set, or None.
+
+    Calls may come from several threads at once. A sample's result does not depend on what else is
+    in its batch, nor on the number of threads (:func:`torch.get_num_threads`).
+    """
+
+    def __init__(
+        self, graph: EngineGraph, tensors: dict[str, Tensor], extra: dict[str, Any] | None = None
+    ) -> None:
+        self.graph = graph
+        self.extra = dict(extra or {})
+        described = self.extra.get(_PREPROCESSING)
+        self.preprocessing = None if described is None else Preprocessing.from_dict(described)
+        _check_fits(self.preprocessing, graph)
+        self.costs = {
+            name: Cost.from_dict(values, graph.gated_blocks, len(graph.choices))
+            for name, values in dict(self.extra.get(_COSTS, {})).items()
+        }
+        self._tensors = tensors
+        self._executor = NativeExecutor(graph, tensors)
+        stored = self.extra.get(_BUDGET)
+        self.budget_curve = None if stored is None else BudgetCurve.from_json(stored)
+        self._choice_bias: Tensor | None = None
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return self.graph.choices
+
+    @property
+    def gated_blocks(self) -> int:
+        return self.graph.gated_blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, scales and gates, as they are saved."""
+        return sum(value.numel() * value.element_size() for value in self._tensors.values())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held for running, re-tiled for this machine."""
+        return self._executor.weight_bytes()
+
+    def __call__(self, images: Tensor, policy: Policy = None) -> EngineOutput:
+        """Classify images.
+
+        Args:
+            images: float32 (N, C, H, W), contiguous or channels_last, on the CPU; or uint8 pixels
+                of that shape, which are normalized as the network's training images were.
+            policy: None asks the gates; an int out of the choices runs every gated block at that
+                width; an integer tensor (N, gated blocks) gives every decision.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        arguments = self._arguments(images, policy)
+        return _output(self._executor.run(*arguments, self._choice_bias))
+
+    def set_budget(self, cost: float | None) -> None:
+        """Move the mean cost of the decisions; None goes back to those that were trained.
+
+        Args:
+            cost: mean over images and gated blocks of (bits/32)^2, as it was on the images of
+                :meth:`calibrate_budget`.
+
+        Raises:
+            ValueError: the engine was not calibrated, or the cost can't be attained.
+        """
+        if cost is None:
+            self._choice_bias = None
+            return
+        if self.budget_curve is None:
+            raise ValueError("the engine has no budget curve; call calibrate_budget(images) first")
+        self._choice_bias = self._tilted(self.budget_curve.tilt_for(cost))
+
+    def calibrate_budget(
+        self, images: Tensor, labels: Tensor | None = None, points: int = 9
+    ) -> BudgetCurve:
+        """Measure what budgets can be set, and keep it for :meth:`set_budget` and :meth:`save`.
+
+        Args:
+            images: some hundreds that the network was not trained on.
+            labels: integers (N,), for the accuracy at each budget.
+            points: how many settings to keep, at least two.
+
+        Raises:
+            ValueError: naming the argument; or the gates' biases change nothing.
+        """
+        checked, _ = self._arguments(images, None)
+        if len(checked) == 0:
+            raise ValueError("images must not be empty")
+        if labels is not None and tuple(labels.shape) != (len(checked),):
+            raise ValueError(f"labels must be ({len(checked)},), got {tuple(labels.shape)}")
+        if points < 2:
+            raise ValueError(f"points must be at least 2, got {points}")
+
+        def run(tilt: float, some: Tensor) -> tuple[Tensor, Tensor]:
+            found = _output(self._executor.run(some, None, self._tilted(tilt)))
+            return found.logits, found.cost
+
+        self.budget_curve = measure_curve(run, checked, labels, points)
+        self.extra[_BUDGET] = self.budget_curve.to_json()
+        return self.budget_curve
+
+    def _tilted(self, tilt: float) -> Tensor:
+        return tilted_bias(self._tensors["gate.choice_bias"], self.choices, tilt)
+
+    def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
+        """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
+        if rounds < 1:
+            raise ValueError(f"rounds must be positive, got {rounds}")
+        arguments = self._arguments(images, policy)
+        bias = self._choice_bias
+        self._executor.run(*arguments, bias)
+        runs = [self._executor.run(*arguments, bias, timed=True) for _ in range(rounds)]
+        blocks = torch.stack([_known(r.block_times) for r in runs]).median(0).values / 1e6
+        gates = torch.stack([_known(r.gate_times) for r in runs]).median(0).values / 1e6
+        total = float(blocks.sum() + gates.sum())
+        count = len(self.graph.architecture.blocks)
+        names = ["stem", *(f"block {i}" for i in range(count)), "classifier"]
+        # The first block has no gate.
+        own = [0.0, 0.0, *gates.tolist(), 0.0]
+        return [
+            BlockTime(name, time, gate, (time + gate) / total)
+            for name, time, gate in zip(names, blocks.tolist(), own, strict=True)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the engine into one file, for :func:`load_engine`."""
+        save_graph(path, self.graph, self._tensors, self.extra)
+
+    def _arguments(self, images: Tensor, policy: Policy) -> tuple[Tensor, Tensor | None]:
+        shape = (self.graph.architecture.in_channels, *self.graph.image_size)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if images.dtype not in (torch.float32, torch.uint8):
+            raise TypeError(f"images must be float32 or uint8, got {images.dtype}")
+        if images.dim() != 4 or tuple(images.shape[1:]) != shape:
+            raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
+        if images.device.type != "cpu":
+            raise ValueError(f"images must be on the CPU, got {images.device}")
+        if images.dtype == torch.uint8:
+            if self.preprocessing is None:
+                raise ValueError(
+                    "images are uint8, but the engine was frozen without a preprocessing"
+                )
+            images = self.preprocessing.normalize(images)
+        return images.detach(), self._policy(policy, images.shape[0])
+
+    def _policy(self, policy: Policy, batch: int) -> Tensor | None:
+        if policy is None:
+            return None
+        expected = (batch, self.gated_blocks)
+        if not isinstance(policy, Tensor):
+            if isinstance(policy, bool) or not isinstance(policy, int):
+                raise TypeError(f"policy must be None, an int or a tensor, got {policy!r}")
+            policy = torch.full(expected, policy, dtype=torch.int32)
+        if policy.is_floating_point() or policy.dtype == torch.bool:
+            raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
+        if tuple(policy.shape) != expected:
+            raise ValueError(f"policy must have shape {expected}, got {tuple(policy.shape)}")
+        wrong = ~torch.isin(policy.cpu(), torch.tensor(self.choices))
+        if bool(wrong.any()):
+            sample, block = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"policy[{sample}, {block}] is {int(policy[sample, block])}, "
+                f"which is not one of {self.choices}"
+            )
+        return policy.to("cpu", torch.int32).contiguous()
+
+
+def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None:
+    if preprocessing is None:
+        return
+    size, shape = (preprocessing.size, preprocessing.size), graph.architecture
+    for name, got, expected in (
+        ("size", size, graph.image_size),
+        ("channels", preprocessing.channels, shape.in_channels),
+        ("classes", preprocessing.classes, shape.num_classes),
+    ):
+        if got != expected:
+            raise ValueError(f"preprocessing is for {name} {got}, the network for {expected}")
+
+
+def _output(found: EngineRun) -> EngineOutput:
+    share = found.bits.double() / 32
+    return EngineOutput(found.logits, found.bits, share.square().mean(1))
+
+
+def _known(times: Tensor | None) -> Tensor:
+    assert times is not None
+    return times
+
+
+def freeze(
+    model: DynamicResNet,
+    image_size: Sequence[int] = (32, 32),
+    preprocessing: Preprocessing | None = None,
+) -> Engine:
+    """A trained network as one that only runs: BatchNorm folded per width, weights packed.
+
+    Args:
+        model: in evaluation mode; it is copied and not changed.
+        image_size: (H, W) of the images it will be given.
+        preprocessing: how pictures become its input; travels along, and lets it take pixels.
+
+    Raises:
+        ValueError: naming what can't be frozen.
+    """
+    if not isinstance(model, DynamicResNet):
+        raise TypeError(f"model must be a DynamicResNet, got {type(model).__name__}")
+    if len(image_size) != 2:
+        raise ValueError(f"image_size must be (H, W), got {tuple(image_size)}")
+    size = (int(image_size[0]), int(image_size[1]))
+    graph, tensors = freeze_network(model, size)
+    extra: dict[str, Any] = {
+        _COSTS: {cost.name: cost.to_dict() for cost in (PaperCost(model), BitOps(model, size))}
+    }
+    if preprocessing is not None:
+        extra[_PREPROCESSING] = preprocessing.to_dict()
+    return Engine(graph, tensors, extra)
+
+
+def load_engine(path: str | os.PathLike[str]) -> Engine:
+    """The engine that :meth:`Engine.save` wrote. Runs no code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no engine file, of another version, or damaged.
+    """
+    graph, tensors, extra = load_graph(path)
+    try:
+        return Engine(graph, tensors, extra)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{os.fspath(path)} is not a usable engine: {error}") from None

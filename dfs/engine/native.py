@@ -1,0 +1,163 @@
+"""A frozen network on a CPU: the executor of csrc/engine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfs.engine.graph import EngineGraph, LayerNode
+from dfs_kernels.geometry import ConvGeometry
+
+try:
+    import dfs_kernels._cpu as _cpu
+except ImportError:  # dfs_kernels.backends.cpu says why
+    _cpu = None
+
+
+class EngineRun(NamedTuple):
+    """What an executor gives.
+
+    Attributes:
+        logits: float32 (N, classes).
+        bits: int32 (N, gated blocks).
+        gate_logits: float64 (N, gated blocks, choices).
+        block_times, gate_times: nanoseconds, (blocks + 2,) with the stem first and the classifier
+            last, and (gated blocks,); None unless asked for.
+    """
+
+    logits: Tensor
+    bits: Tensor
+    gate_logits: Tensor | None
+    block_times: Tensor | None = None
+    gate_times: Tensor | None = None
+
+
+class NativeExecutor:
+    """Compiled code for one graph, with its own copy of the weights, re-tiled for this machine."""
+
+    def __init__(self, graph: EngineGraph, tensors: dict[str, Tensor]) -> None:
+        if _cpu is None:
+            raise RuntimeError("the compiled module dfs_kernels._cpu is missing")
+        self._graph = graph
+        self._engine = _cpu.Engine(_network_spec(graph, tensors))
+
+    def weight_bytes(self) -> int:
+        """Of all weights as they are held for running."""
+        size: int = self._engine.weight_bytes()
+        return size
+
+    def run(
+        self,
+        images: Tensor,
+        policy: Tensor | None,
+        choice_bias: Tensor | None,
+        timed: bool = False,
+        threads: int | None = None,
+    ) -> EngineRun:
+        """Classify float32 images (N, C, H, W) of any strides.
+
+        Args:
+            policy: int32 (N, gated blocks), or None for the gates' decisions.
+            choice_bias: float64 (choices,), or None for the network's own.
+            timed: measure blocks and gates; on one thread.
+        """
+        graph, batch = self._graph, images.shape[0]
+        gates, choices = graph.gated_blocks, len(graph.choices)
+        logits = torch.empty(batch, graph.architecture.num_classes)
+        bits = torch.empty(batch, gates, dtype=torch.int32)
+        asks = policy is None
+        gate_logits = torch.empty(batch, gates, choices, dtype=torch.float64) if asks else None
+        times = torch.zeros(len(graph.architecture.blocks) + 2, dtype=torch.float64)
+        gate_times = torch.zeros(gates, dtype=torch.float64)
+        count = torch.get_num_threads() if threads is None else threads
+        _, channels, height, width = images.shape
+        self._engine.run(
+            _cpu.FeatureMap.of_values(images.data_ptr(), channels, height, width, images.stride()),
+            batch,
+            _address(policy),
+            _address(choice_bias),
+            logits.data_ptr(),
+            bits.data_ptr(),
+            _address(gate_logits),
+            times.data_ptr() if timed else 0,
+            gate_times.data_ptr() if timed else 0,
+            1 if timed else count,
+        )
+        if timed:
+            return EngineRun(logits, bits, gate_logits, times, gate_times)
+        return EngineRun(logits, bits, gate_logits)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _network_spec(graph: EngineGraph, tensors: dict[str, Tensor]) -> Any:
+    """The graph for the compiled module, which copies what the addresses lead to."""
+
+    def layer(node: LayerNode) -> Any:
+        codes = tensors[f"{node.name}.codes"]
+        start, offsets = codes.data_ptr(), node.layout.offsets()
+        bias = tensors.get(f"{node.name}.bias")
+        native = _cpu.ConvGeometry(**geometry_of(node).fields())
+        return _cpu.LayerSpec(
+            native,
+            node.widths,
+            [start + offset for offset in offsets[:-1]],
+            [kind == "centred" for kind in node.levels],
+            *(
+                tensors[f"{node.name}.{part}"].data_ptr()
+                for part in ("weight_scale", "input_scale", "input_zero_point")
+            ),
+            _address(bias),
+            tensors[f"{node.name}.mul"].data_ptr(),
+            tensors[f"{node.name}.add"].data_ptr(),
+        )
+
+    def stream(index: int) -> Any:
+        return _cpu.StreamSpec(graph.stream == "uint8", float(tensors[f"streams.{index}.scale"]))
+
+    shape = graph.architecture
+    spec = _cpu.NetworkSpec()
+    spec.in_channels = shape.in_channels
+    spec.height, spec.width = graph.image_size
+    spec.stem, spec.stem_stream = layer(graph.stem), stream(0)
+    if shape.pool is not None:
+        spec.pool_size, spec.pool_stride = shape.pool.kernel, shape.pool.stride
+        spec.pool_padding = shape.pool.padding
+    blocks = []
+    for i, index in enumerate(shape.streams):
+        branch, shortcut = graph.block_layers(i)
+        shortcuts = [] if shortcut is None else [layer(shortcut)]
+        fixed = -1 if i else graph.ungated_bits
+        blocks.append(
+            _cpu.BlockSpec([layer(node) for node in branch], shortcuts, stream(index), fixed)
+        )
+    spec.blocks = blocks
+    spec.classifier = layer(graph.classifier)
+    spec.choices, spec.hidden = graph.choices, graph.gate.hidden
+    spec.gates = [_gate_spec(graph, tensors, i) for i in range(graph.gated_blocks)]
+    spec.choice_bias = tensors["gate.choice_bias"].data_ptr()
+    if graph.gate.kind == "rnn":
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "proj_weight", "proj_bias"):
+            setattr(spec, name, tensors[f"gate.{name}"].data_ptr())
+    return spec
+
+
+def _gate_spec(graph: EngineGraph, tensors: dict[str, Tensor], index: int) -> Any:
+    parts = [
+        _address(tensors.get(f"gates.{index}.{name}"))
+        for name in ("embed_weight", "embed_bias", "proj_weight", "proj_bias")
+    ]
+    if graph.gate.kind == "constant":
+        parts[3] = tensors[f"gates.{index}.logits"].data_ptr()
+    return _cpu.GateSpec(graph.gate.kind, graph.gate.deviation, *parts)
+
+
+def geometry_of(node: LayerNode) -> ConvGeometry:
+    s = node.shape
+    return ConvGeometry.create(
+        s.in_channels, node.weight_shape, s.stride, s.padding, s.dilation, s.groups
+    )
