@@ -3,40 +3,59 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import dfs
+from dfs.cost import FULL_BITS
 from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
 from dfs.data.picture import PictureError
 from dfs.engine import freeze
 from dfs.engine.budget import BudgetCurve
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
+from dfs.nn import replicas
 from dfs.predict import Predictor, predictions_table
-from dfs.report import ResultRow, results_table
+from dfs.progress import run_control
+from dfs.report import (
+    COST_LABELS,
+    REPORT_NAME,
+    TABLE_NAMES,
+    ResultRow,
+    SummaryRow,
+    describe_result,
+    plot_run,
+    plot_tradeoff,
+    read_tables,
+    results_table,
+    rich_summary,
+    summarise,
+    write_run_report,
+    write_sweep_report,
+    write_tables,
+)
+from dfs.settings import configure, contradictions, parse_numbers, parse_widths
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
-from dfs.train.config import PRESETS
-from dfs.train.network import load_network
-from dfs.train.trainer import stage_names
+from dfs.train.distributed import joined
+from dfs.train.network import CHECKPOINT_NAME, load_network
+from dfs.train.plan import TimePlan
+from dfs.train.sweep import METHODS, Sweep
 
+RUN_FAILED = 1
 USER_ERROR = 2
+UNFINISHED = 3
 # How many validation images budgets are measured on at most.
 _CALIBRATION_IMAGES = 1024
-RUN_FAILED = 1
 
 app = typer.Typer(
     name="dfs",
@@ -61,6 +80,24 @@ Waived = Annotated[
         "--allow-unverified-data",
         help="A data set or file that may differ from its published checksum; may be repeated.",
     ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings to start from: paper, default, fast, digits, or a TOML file such as a run's "
+        "config.toml. Without it: digits for the digits, else fast."
+    ),
+]
+LatencyFile = Annotated[
+    Path | None,
+    typer.Option(help="What dfs bench --latency-table wrote; makes latency the cost of a run."),
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting, as name=value; may be repeated."),
+]
+MaxMinutes = Annotated[
+    float | None, typer.Option(min=0, help="Save and exit with 3 after so many minutes.")
 ]
 
 
@@ -99,7 +136,7 @@ def demo(
     """Train a small dynamic network on scanned digits to two cost targets and compare."""
     from dfs.demo import run_demo
 
-    with _run_control() as control:
+    with run_control() as control:
         result = run_demo(out, control.progress, control.stopping)
     if result is None:
         raise typer.Exit(_stopped("the demonstration starts afresh next time"))
@@ -115,45 +152,90 @@ def demo(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    preset: Annotated[str, typer.Option(help="Settings to start from.")] = "digits",
+    preset: Preset = None,
     target: Annotated[
         float | None, typer.Option(help="Cost target as a fraction of full precision.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Such as resnet20: depth 6n + 2.")] = None,
+    model: Annotated[str | None, typer.Option(help="Such as resnet20 or resnet50.")] = None,
     choices: Annotated[
         str | None, typer.Option(help="Widths on offer, such as 0,2,4,8 or 0,2,4,8,32.")
     ] = None,
+    gate: Annotated[str | None, typer.Option(help="rnn, feedforward or constant.")] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="What the target counts: paper, bitops or latency.")
+    ] = None,
+    latency_table: LatencyFile = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.")] = None,
     dataset: Dataset = None,
     data: Data = None,
     waived: Waived = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting, as name=value; may be repeated."),
-    ] = None,
+    setting: Setting = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    max_minutes: MaxMinutes = None,
     as_json: Json = False,
 ) -> None:
-    """Train a dynamic network to a cost target, stage by stage; can be stopped and resumed."""
-    given = {"target": target, "model": model, "choices": choices, "seed": seed}
+    """Train a dynamic network to a cost target, stage by stage; can be stopped and resumed.
+
+    Exits with 0 when done, 1 if a stage or the target was missed, 2 for a mistake, and 3 if it was
+    stopped, by a signal or --max-minutes, and saved. Under torchrun, processes share every batch.
+    """
+    given: dict[str, Any] = {
+        "target": target,
+        "model": model,
+        "gate": gate,
+        "cost": cost,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     overrides = {name: value for name, value in given.items() if value is not None}
-    checkpoint = out / "checkpoint.pt"
-    if resume:
-        if overrides or setting or dataset or waived:
-            raise UserError("--resume takes its settings from the run; give none but --data")
-        trainer = Trainer.load(out, data_folder=data)
-    else:
-        if checkpoint.exists():
-            raise UserError(f"{out} already holds a run; use --resume, or another --out")
-        overrides |= _data_settings(dataset, data, waived)
-        trainer = _make_trainer(_configure(preset, overrides, setting or []), out)
-    with _run_control() as control:
-        finished = trainer.run(None, control.progress, control.stopping)
-    if not finished:
-        stage = stage_names()[trainer.stage_index]
-        advice = f"saved in {stage}, step {trainer.step}; dfs train --out {out} --resume goes on"
-        raise typer.Exit(_stopped(advice))
-    _report_run(trainer, "test", as_json)
+    if choices is not None:
+        overrides["choices"] = _parse_choices(choices)
+    if latency_table is not None:
+        overrides |= {"latency_table": str(latency_table.resolve()), "cost": cost or "latency"}
+    with joined():
+        if resume:
+            trainer = _resume(out, preset, overrides, dataset, data, waived, setting or [])
+        else:
+            if (out / CHECKPOINT_NAME).exists():
+                raise UserError(f"{out} already holds a run; use --resume, or another --out")
+            overrides |= _data_settings(dataset, data, waived)
+            with _user_errors():
+                config = configure(preset, overrides, setting or [])
+            trainer = _make_trainer(config, out)
+        with run_control(max_minutes) as control:
+            place = (trainer.stage_index, trainer.step)
+            if not trainer.done:
+                control.follow(TimePlan(trainer.config, trainer.data, *place))
+            finished = trainer.run(None, control.progress, control.stopping)
+        if not finished:
+            stage = trainer.stages[trainer.stage_index].name
+            again = f"dfs train --out {out} --resume goes on"
+            raise typer.Exit(_stopped(f"saved in {stage}, step {trainer.step}; {again}"))
+        if replicas.rank() == 0:
+            _report_run(trainer, "test", as_json)
+
+
+def _resume(
+    out: Path,
+    preset: str | None,
+    overrides: dict[str, Any],
+    dataset: str | None,
+    data: Path | None,
+    waived: list[str] | None,
+    settings: list[str],
+) -> Trainer:
+    """The run in ``out``; what is given beside it must agree with its settings."""
+    trainer = Trainer.load(out, data_folder=data)
+    if dataset not in (None, AUTO):
+        overrides["dataset"] = dataset
+    if waived:
+        overrides["allow_unverified"] = tuple(waived)
+    with _user_errors():
+        found = contradictions(trainer.config, preset, overrides, settings)
+    if found:
+        raise UserError(f"--resume: {'; '.join(found)}")
+    return trainer
 
 
 @app.command(name="eval")
@@ -175,10 +257,161 @@ def evaluate_run(
     trainer = Trainer.load(run, data_folder=data)
     if not trainer.done:
         raise UserError(
-            f"{run} is not finished: it is in stage {stage_names()[trainer.stage_index]!r}; "
+            f"{run} is not finished: it is in stage {trainer.stages[trainer.stage_index].name!r}; "
             "dfs train --resume goes on with it"
         )
     _report_run(trainer, split, as_json)
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")],
+    preset: Preset = None,
+    targets: Annotated[
+        str, typer.Option(help="Cost targets, as fractions of full precision.")
+    ] = "0.04,0.02,0.01",
+    seeds: Annotated[str, typer.Option(help="One run of everything for each.")] = "0",
+    methods: Annotated[
+        str,
+        typer.Option(help=f"What to compare, out of {','.join(METHODS)}, or all."),
+    ] = "all",
+    model: Annotated[str | None, typer.Option(help="Such as resnet20 or resnet50.")] = None,
+    dataset: Dataset = None,
+    data: Data = None,
+    waived: Waived = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
+    ] = None,
+    setting: Setting = None,
+    max_minutes: MaxMinutes = None,
+    as_json: Json = False,
+) -> None:
+    """Dynamic networks at several targets, beside what they must beat, in one table.
+
+    All are trained with the same teacher and as many sample passes; what they can share is trained
+    once. Killed at any moment, the same command goes on. Writes table.md, table.csv and table.json.
+    """
+    overrides: dict[str, Any] = {} if model is None else {"model": model}
+    overrides |= _data_settings(dataset, data, waived)
+    with _user_errors():
+        planned = Sweep(
+            configure(preset, overrides, setting or []),
+            out,
+            parse_numbers(targets, "--targets", float),
+            parse_numbers(seeds, "--seeds", int),
+            tuple(METHODS) if methods == "all" else tuple(methods.split(",")),
+            latency_table=None if latency_table is None else LatencyTable.load(latency_table),
+        )
+        planned.check()
+    title = f"{planned.base.model} on {planned.base.dataset}"
+
+    def write() -> list[SummaryRow]:
+        rows = summarise(planned.results())
+        about = {"title": title, "left_out": planned.skipped, "base": planned.base.to_dict()}
+        write_tables(out, rows, about)
+        return rows
+
+    with run_control(max_minutes) as control:
+        for reason in planned.skipped:
+            control.say(f"left out: {reason}")
+
+        def finished(result: dict[str, Any]) -> None:
+            write()
+            control.say(describe_result(result))
+
+        done = planned.run(control.sweep_progress, control.stopping, finished)
+    rows = write()
+    if not done:
+        raise typer.Exit(_stopped(f"{len(planned.results())} results; the same command goes on"))
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        Console().print(rich_summary(rows, title))
+
+
+@app.command()
+def plot(
+    source: Annotated[Path, typer.Argument(help="Folder of a sweep or of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the PNGs; by default plots in SOURCE.")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """PNGs: of a sweep, accuracy over each cost; of a run, its decisions and extreme images."""
+    folder = out or source / "plots"
+    with _user_errors():
+        if _is_sweep(source):
+            rows = read_tables(source)
+            written = [
+                folder / f"accuracy-{cost}.png"
+                for cost in COST_LABELS
+                if plot_tradeoff(folder / f"accuracy-{cost}.png", rows, cost)
+            ]
+        else:
+            written = plot_run(Trainer.load(source, data_folder=data), folder)
+    for path in written:
+        print(path)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a sweep.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; by default report.html in SOURCE.")
+    ] = None,
+    data: Data = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page on a run or a sweep."""
+    path = out or source / REPORT_NAME
+    with _user_errors():
+        if _is_sweep(source):
+            write_sweep_report(source, path)
+        else:
+            table = None if latency_table is None else LatencyTable.load(latency_table)
+            write_run_report(Trainer.load(source, data_folder=data), path, table)
+    print(path)
+
+
+def _is_sweep(folder: Path) -> bool:
+    return (folder / TABLE_NAMES[-1]).exists()
+
+
+@app.command()
+def bench(
+    latency_table: Annotated[
+        Path, typer.Option(help="File to write, milliseconds per block shape and width.")
+    ],
+    model: Annotated[str, typer.Option(help="Such as resnet20.")] = "resnet20",
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    classes: Annotated[int, typer.Option(help="How many there are.")] = 10,
+    choices: Annotated[str, typer.Option(help="Widths that the gate picks from.")] = "0,2,4,8",
+    gate: Annotated[str, typer.Option(help="rnn, feedforward or constant.")] = "rnn",
+    stream: Annotated[str, typer.Option(help="uint8 or float32.")] = "uint8",
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a network's parts take on this machine, as the table that a cost needs."""
+    try:
+        network = build_model(
+            model, classes, channels, _parse_choices(choices), stream, gate=gate
+        ).eval()
+        assert isinstance(network, DynamicResNet)
+        with Console(stderr=True).status("measuring") as status:
+            table = LatencyTable.measure(
+                network, (image_size, image_size), batch, threads, progress=status.update
+            )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    table.save(latency_table)
+    if as_json:
+        _print_json(table.to_dict())
+    else:
+        Console().print(_latency_summary(table))
 
 
 @app.command()
@@ -288,41 +521,6 @@ def import_checkpoint(
 
 
 @app.command()
-def bench(
-    latency_table: Annotated[
-        Path, typer.Option(help="File to write, milliseconds per block shape and width.")
-    ],
-    model: Annotated[str, typer.Option(help="Such as resnet20.")] = "resnet20",
-    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
-    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
-    classes: Annotated[int, typer.Option(help="How many there are.")] = 10,
-    choices: Annotated[str, typer.Option(help="Widths that the gate picks from.")] = "0,2,4,8",
-    gate: Annotated[str, typer.Option(help="rnn, feedforward or constant.")] = "rnn",
-    stream: Annotated[str, typer.Option(help="uint8 or float32.")] = "uint8",
-    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
-    threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what a network's parts take on this machine, as the table that a cost needs."""
-    try:
-        network = build_model(
-            model, classes, channels, _parse_choices(choices), stream, gate=gate
-        ).eval()
-        assert isinstance(network, DynamicResNet)
-        with Console(stderr=True).status("measuring") as status:
-            table = LatencyTable.measure(
-                network, (image_size, image_size), batch, threads, progress=status.update
-            )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    table.save(latency_table)
-    if as_json:
-        _print_json(table.to_dict())
-    else:
-        Console().print(_latency_summary(table))
-
-
-@app.command()
 def info(as_json: Json = False) -> None:
     """What this machine runs on: backends, instruction set, threads, GPU."""
     from dfs_kernels import available_backends, backend_info
@@ -355,57 +553,9 @@ def info(as_json: Json = False) -> None:
     Console().print(table)
 
 
-class _Control:
-    """Progress bars and the wish to stop of one command."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task: Any = None
-        self._stage = ""
-        self._stop = False
-
-    def progress(self, stage: str, step: int, total: int, measured: dict[str, float]) -> None:
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in measured.items())
-        if stage != self._stage or step == 1:
-            self._stage = stage
-            self._task = self._bars.add_task(stage, total=total, shown="")
-        self._bars.update(self._task, completed=step, shown=shown)
-
-    def stopping(self) -> bool:
-        return self._stop
-
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-        self._bars.console.print("stopping after this step; once more to stop at once")
-
-
-@contextmanager
-def _run_control() -> Iterator[_Control]:
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[shown]}"),
-        console=Console(stderr=True),
-    )
-    control = _Control(bars)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    for number in handlers:
-        signal.signal(number, control.request_stop)
-    try:
-        with bars:
-            yield control
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def _stopped(advice: str) -> int:
     print(f"dfs: stopped; {advice}", file=sys.stderr)
-    return RUN_FAILED
+    return UNFINISHED
 
 
 def _data_settings(
@@ -426,66 +576,42 @@ def _data_settings(
     return settings
 
 
-def _configure(preset: str, overrides: dict[str, Any], settings: list[str]) -> TrainConfig:
-    if preset not in PRESETS:
-        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    config = PRESETS[preset]
-    if "choices" in overrides:
-        overrides["choices"] = _parse_choices(overrides["choices"])
-    types = {f.name: type(getattr(config, f.name)) for f in fields(config)}
-    for text in settings:
-        name, separator, value = text.partition("=")
-        settable = sorted(
-            n for n, kind in types.items() if kind in (int, float, str) or n == "exit_points"
-        )
-        if not separator or name not in settable:
-            wrong = "names no setting" if separator else "must be name=value"
-            names = ", ".join(settable)
-            raise UserError(f"--set {wrong}, got {text!r}; the names are {names}")
-        if name == "exit_points":
-            overrides[name] = _parse_exit_points(value)
-            continue
-        try:
-            overrides[name] = types[name](value)
-        except ValueError as error:
-            raise UserError(f"--set {name}: {value!r} is not {types[name].__name__}") from error
+def _parse_choices(text: str) -> tuple[int, ...]:
     try:
-        return replace(config, **overrides)
+        return parse_widths(text, "--choices")
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _parse_exit_points(text: str) -> tuple[tuple[int, float], ...]:
-    """Such as "4:1.7,8:1.2"; empty for no check."""
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A bad value within it is the user's mistake."""
     try:
-        pairs = [item.split(":") for item in text.split(",") if item]
-        return tuple((int(width), float(points)) for width, points in pairs)
+        yield
     except ValueError as error:
-        raise UserError(
-            f"--set exit_points takes WIDTH:POINTS pairs such as 4:1.7,8:1.2, got {text!r}"
-        ) from error
-
-
-def _parse_choices(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--choices must be widths such as 0,2,4,8, got {text!r}") from error
+        raise UserError(str(error)) from error
 
 
 def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        return Trainer(config, out)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with _user_errors():
+        trainer = Trainer(config, out)
+        trainer.check_target()
+    return trainer
 
 
 def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
     images = trainer.data.val if split == "val" else trainer.data.test
     rows = [ResultRow("static, 32 bits", evaluate(trainer.plain, images))]
-    name = f"DFS, target {trainer.config.target:.2%}"
-    rows.append(ResultRow(name, evaluate(trainer.model, images)))
+    if trainer.config.recipe == "static":
+        for width in trainer.config.static_widths:
+            # 32 bits alone are the float network, which is above.
+            if trainer.config.static_widths != (FULL_BITS,):
+                found = evaluate(trainer.model, images, width)
+                rows.append(ResultRow(f"static, {width} bits", found))
+    else:
+        name = f"DFS, target {trainer.config.target:.2%}"
+        rows.append(ResultRow(name, evaluate(trainer.model, images)))
     _print_results(trainer.config, trainer.data, split, rows, as_json)
 
 

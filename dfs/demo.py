@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dfs.report import ResultRow, plot_decisions, require_plotting, results_table
 from dfs.train import Trainer, evaluate
-from dfs.train.config import PRESETS
+from dfs.train.presets import load_preset
 from dfs.train.trainer import SHARED_STAGES, Progress
 
 TARGETS = (0.04, 0.01)
@@ -52,7 +52,7 @@ def run_demo(
     """
     require_plotting()
     out.mkdir(parents=True, exist_ok=True)
-    config = PRESETS["digits"]
+    config = load_preset("digits")
     shared = Trainer(config, out / "shared")
     if not shared.run(SHARED_STAGES, progress, stop):
         return None
@@ -63,7 +63,7 @@ def run_demo(
     ]
     decisions = []
     for target in TARGETS:
-        run = shared.fork(target, out / f"target-{target:g}")
+        run = shared.fork(config.with_target(target), out / f"target-{target:g}")
         if not run.run(None, _labelled(progress, target), stop):
             return None
         result = evaluate(run.model, test)

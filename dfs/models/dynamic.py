@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfs.models.architecture import Architecture, as_architecture
 from dfs.models.plain import PlainResNet, initialise, pool_float
+from dfs.nn import replicas
 from dfs.nn.block import ResidualBlock, make_conv, make_norm
 from dfs.nn.conv import DFSConv2d
 from dfs.nn.folded import FoldedConv, Stream, run_packed_stem
@@ -318,8 +319,8 @@ class DynamicResNet(nn.Module):
             decision = GateDecision(bits, mask, mask.double(), None)
         if explore > 0:
             count = len(self.choices)
-            drawn = torch.randint(count, (batch,), device=device)
-            taken = torch.rand(batch, device=device) < explore
+            drawn = replicas.randint(count, batch, device=device)
+            taken = replicas.rand(batch, device=device) < explore
             mask = nn.functional.one_hot(drawn, count).to(decision.mask)
             decision = decision._replace(
                 bits=torch.where(taken, self.gate.widths[drawn], decision.bits),

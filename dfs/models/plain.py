@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfs.models.architecture import Architecture, as_architecture
 from dfs.models.torchvision_keys import from_torchvision
+from dfs.nn.replicas import SyncedBatchNorm2d
 from dfs.nn.shapes import BlockShape
 
 
@@ -21,11 +22,11 @@ class PlainBlock(nn.Module):
         self.branch_length = len(shape.convs)
         for i, conv in enumerate(shape.convs, 1):
             setattr(self, f"conv{i}", conv.make())
-            setattr(self, f"bn{i}", nn.BatchNorm2d(conv.out_channels, eps))
+            setattr(self, f"bn{i}", SyncedBatchNorm2d(conv.out_channels, eps))
         self.downsamples = shape.shortcut is not None
         if shape.shortcut is not None:
             self.shortcut = shape.shortcut.make()
-            self.bn_shortcut = nn.BatchNorm2d(shape.out_channels, eps)
+            self.bn_shortcut = SyncedBatchNorm2d(shape.out_channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         carried = self.bn_shortcut(self.shortcut(x)) if self.downsamples else x
@@ -53,7 +54,7 @@ class PlainResNet(nn.Module):
         super().__init__()
         self.architecture = shape = as_architecture(architecture, num_classes, in_channels)
         self.stem = shape.stem.make()
-        self.bn_stem = nn.BatchNorm2d(shape.stem.out_channels, shape.norm_eps)
+        self.bn_stem = SyncedBatchNorm2d(shape.stem.out_channels, shape.norm_eps)
         self.blocks = nn.ModuleList(PlainBlock(b, shape.norm_eps) for b in shape.blocks)
         self.classifier = nn.Conv2d(shape.out_channels, shape.num_classes, 1)
         initialise(self)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs.nn import replicas
 from dfs.nn.stream import pooled_features
 from dfs_kernels import PackedActivation
 from dfs_kernels.reference import cheapest_argmax
@@ -51,7 +52,8 @@ def straight_through(logits: Tensor, temperature: float | None) -> tuple[Tensor,
         soft = logits.softmax(-1)
         choice = cheapest_argmax(logits)
     else:
-        uniform = torch.rand_like(logits).clamp_min(torch.finfo(logits.dtype).tiny)
+        uniform = replicas.rand(*logits.shape, dtype=logits.dtype, device=logits.device)
+        uniform = uniform.clamp_min(torch.finfo(logits.dtype).tiny)
         noisy = (logits - torch.log(-torch.log(uniform))) / temperature
         soft = noisy.softmax(-1)
         choice = cheapest_argmax(noisy)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs.nn import replicas
 from dfs_kernels.widths import check_options
 
 
@@ -67,9 +68,11 @@ class PerWidthBatchNorm2d(nn.Module):
         result = x
         for i in range(len(self.entries)):
             rows = self.rows_of(i, bits)
-            if rows.numel() == x.shape[0]:
+            # With slices, every process takes part in the statistics of every width.
+            together = self.training and replicas.active()
+            if rows.numel() == x.shape[0] and not together:
                 return self._normalize(x, i)
-            if rows.numel():
+            if rows.numel() or together:
                 result = result.index_copy(0, rows, self._normalize(x[rows], i))
         return result
 
@@ -84,17 +87,17 @@ class PerWidthBatchNorm2d(nn.Module):
         return next(i for i, widths in enumerate(self.entries) if bits in widths)
 
     def _normalize(self, x: Tensor, index: int) -> Tensor:
-        learn = self.training and x.shape[0] >= self.min_samples
-        return F.batch_norm(
-            x,
-            self.running_mean[index],
-            self.running_var[index],
-            self.weight[index],
-            self.bias[index],
-            learn,
-            self.momentum,
-            self.eps,
-        )
+        statistics = (self.running_mean[index], self.running_var[index])
+        affine = (self.weight[index], self.bias[index])
+        if self.training and self._samples(x) >= self.min_samples:
+            return replicas.batch_norm(x, *statistics, *affine, self.momentum, self.eps)
+        return F.batch_norm(x, *statistics, *affine, False, self.momentum, self.eps)
+
+    @staticmethod
+    def _samples(x: Tensor) -> int:
+        if not replicas.active():
+            return x.shape[0]
+        return int(replicas.total(torch.tensor(x.shape[0])))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(mul, add) in float32, (len(bit_options), C): evaluation is y * mul + add."""

@@ -1,6 +1,43 @@
-"""Tables and plots of what was measured."""
+"""Tables, plots and pages of what was measured."""
 
-from dfs.report.plots import plot_decisions, require_plotting
+from dfs.report.plots import (
+    COST_LABELS,
+    pareto_front,
+    plot_decisions,
+    plot_sheet,
+    plot_tradeoff,
+    require_plotting,
+)
+from dfs.report.run_report import REPORT_NAME, plot_run, write_run_report, write_sweep_report
+from dfs.report.summary import (
+    TABLE_NAMES,
+    SummaryRow,
+    describe_result,
+    read_tables,
+    rich_summary,
+    summarise,
+    write_tables,
+)
 from dfs.report.tables import ResultRow, results_table
 
-__all__ = ["ResultRow", "plot_decisions", "require_plotting", "results_table"]
+__all__ = [
+    "COST_LABELS",
+    "REPORT_NAME",
+    "TABLE_NAMES",
+    "ResultRow",
+    "SummaryRow",
+    "describe_result",
+    "pareto_front",
+    "plot_decisions",
+    "plot_run",
+    "plot_sheet",
+    "plot_tradeoff",
+    "read_tables",
+    "require_plotting",
+    "results_table",
+    "rich_summary",
+    "summarise",
+    "write_run_report",
+    "write_sweep_report",
+    "write_tables",
+]

@@ -25,6 +25,7 @@ class ResultRow:
             "accuracy": result.accuracy,
             "paper_cost": result.paper_cost,
             "bitops": result.bitops,
+            "latency": result.latency,
             "milliseconds_per_image": result.milliseconds,
             "batch_size": result.batch_size,
             "widths_used": list(result.widths_used),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dfs.cost import Cost
 from dfs.data import Images
 from dfs.models import DynamicResNet, Policy
-from dfs.nn import DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
+from dfs.nn import ConstantGate, DFSConv2d, PerWidthBatchNorm2d, ResidualBlock
 from dfs.nn.gate import State
 from dfs.nn.quantizers import LSQ, Quantizer
 from dfs.nn.stream import STREAM_BITS
@@ -22,6 +23,8 @@ _CLIP_RATIOS = torch.linspace(0.02, 1.0, 50)
 _SAMPLED_VALUES = 1 << 15
 # Without training, BatchNorm statistics are kept from this width on.
 _KEPT_FROM = 8
+# Choices up to so many times as dear as the target are what a gate is tilted among.
+_NEAR = 10
 
 
 def best_input_step(values: Tensor, bits: int, zero_point: int) -> float:
@@ -294,6 +297,38 @@ def standardise_gates(model: DynamicResNet, images: Tensor) -> None:
         stream = model.step(index, stream, drawn)
 
 
+class CostTilt:
+    """Biases of the choices' logits that move what gates spend, by one number.
+
+    A positive tilt takes from every choice in proportion to its cost, as in minimizing loss +
+    weight * cost: a skip, which saves next to nothing over 2 bits, is hardly made likelier by what
+    brings down 8 bits. A negative one adds by the root of the cost, which is the bits, so that
+    skips become 2 bits before everything becomes the dearest; what costs far more than the target
+    gains no more than the choices near it.
+
+    Args:
+        target: the cost that decides what is near: up to ``_NEAR`` times as dear throughout.
+    """
+
+    def __init__(self, cost: Cost, target: float) -> None:
+        per_choice = cost.of_choices()
+        above = per_choice - per_choice.min()
+        near = above * (per_choice <= _NEAR * target)
+        dearest = near.max() if bool(near.any()) else above[above > 0].min()
+        self._down = above / dearest
+        self._up = self._down.sqrt().clamp_max(1)
+        # Both directions are 1 there.
+        self._unit = int((above == dearest).nonzero()[0])
+
+    def bias(self, tilt: float) -> Tensor:
+        """The biases, float64 (choices,)."""
+        return -tilt * (self._down if tilt > 0 else self._up)
+
+    def of(self, bias: Tensor) -> float:
+        """The tilt that gave these biases."""
+        return -float(bias[self._unit])
+
+
 @torch.no_grad()
 def calibrate_gate_bias(
     model: DynamicResNet, images: Images, cost: Cost, target: float, batch_size: int
@@ -301,19 +336,18 @@ def calibrate_gate_bias(
     """Tilt the gate's logits by cost until its hard decisions cost ``target`` on ``images``.
 
     The bias of a choice grows with its cost, so the order of what the gate prefers among
-    inputs stays.
+    inputs stays. Gates that decide the same for every image have few costs to choose from; they
+    are held within the target.
 
     Returns:
         The mean cost reached.
     """
     model.eval()
-    per_choice = cost.of_choices()
-    # The square root, which is the bits, spaces the choices evenly: none is stepped over.
-    spread = (per_choice - per_choice.min()).sqrt()
-    spread = spread / spread.max()
+    tilts = CostTilt(cost, target)
+    constant = isinstance(model.gate, ConstantGate)
 
     def measure(tilt: float) -> float:
-        model.gate.choice_bias.copy_(-tilt * spread)
+        model.gate.choice_bias.copy_(tilts.bias(tilt))
         total = 0.0
         for batch in images.batches(batch_size):
             out = model.run(batch.images)
@@ -325,11 +359,13 @@ def calibrate_gate_bias(
         low *= 4
     while measure(high) > target and high < 1e4:
         high *= 4
-    best = (float("inf"), 0.0, 0.0)
+    # Where nothing else will do, everything at the cheapest.
+    best = (math.inf, high, 0.0)
     for _ in range(24):
         middle = (low + high) / 2
         reached = measure(middle)
-        best = min(best, (abs(reached - target), middle, reached))
+        beyond = constant and reached > target
+        best = min(best, (math.inf if beyond else abs(reached - target), middle, reached))
         if reached > target:
             low = middle
         else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,24 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values; an existing file is replaced only by a complete one."""
+    with _beside(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a text file; an existing one is replaced only by a complete one."""
+    with _beside(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

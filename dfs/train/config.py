@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from dfs.cost import FULL_BITS
+from dfs.nn.gates import GATES
+
 _LOWEST = {
     "batch_size": 2,
     "seed": 0,
@@ -19,10 +22,13 @@ _LOWEST = {
     "calibration_images": 1,
     "batchnorm_images": 2,
     "batchnorm_min_routed": 2,
+    "micro_batches": 1,
     "weight_decay": 0,
+    "beta": 0,
     "diversity": 0,
     "lambda_start": 0,
     "lambda_rate": 0,
+    "steering": 0,
 }
 _POSITIVE = (
     "float_lr",
@@ -31,11 +37,22 @@ _POSITIVE = (
     "joint_lr",
     "joint_gate_lr",
     "distill_temperature",
+    "schedule_gamma",
     "gumbel_start",
     "gumbel_end",
     "cost_tolerance",
 )
 _SHARES = ("explore", "settle_fraction")
+# What a setting may be, where it is one of a few names.
+_NAMES = {
+    "stream": ("uint8", "float32"),
+    "semantics": ("default", "paper"),
+    "gate": tuple(GATES),
+    "cost": ("paper", "bitops", "latency"),
+    "recipe": ("dfs", "paper", "static"),
+    "schedule": ("cosine", "step"),
+    "float_precision": ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +69,24 @@ class TrainConfig:
         stream: "uint8" or "float32".
         semantics: "default", or "paper": quantizer, BatchNorm and skipping of the paper's authors.
         target: the cost to train to, as a fraction of the full-precision network.
-        cost: "paper" or "bitops".
+        gate: "rnn", "feedforward" or "constant".
+        cost: what the target is a fraction of: "paper", "bitops" or "latency".
+        latency_table: file that ``dfs bench --latency-table`` wrote; for the cost "latency".
         seed: decides initialization, data order, augmentation and every random draw.
+        micro_batches: parts that a batch is worked through in, their gradients added up. It takes
+            so much less memory; BatchNorm sees a part at a time.
+        recipe: which stages there are (:mod:`dfs.train.recipes`): "dfs", "paper" for the authors'
+            three, "static" for a network that runs at given widths.
+        static_widths: of recipe "static", one width, or several that one set of weights is to
+            serve. 32 alone trains the float network.
+        teacher: folder of the run whose float network teaches; empty for the run's own.
+        schedule: how learning rates fall within a stage: "cosine" to 0, or in a "step" by
+            ``schedule_gamma`` at each of ``milestones``, which are shares of the stage.
+        float_precision: "bfloat16" runs the float stage under autocast.
+        beta: of the paper's loss: cross-entropy + sign * beta * summed cost.
         exit_points: how many points of validation accuracy each width may lose to full precision
             before the gates are trained.
+        steering: how fast the gate's logits are tilted towards the target in joint training.
         gate_every: joint steps on the weights for one step on the gates.
         batchnorm_images: training images from which BatchNorm statistics are estimated.
         batchnorm_min_routed: a block and width with fewer samples keeps its statistics.
@@ -70,13 +101,23 @@ class TrainConfig:
     choices: tuple[int, ...] = (0, 2, 4, 8)
     stream: str = "uint8"
     semantics: str = "default"
+    gate: str = "rnn"
     target: float = 0.04
     cost: str = "paper"
+    latency_table: str = ""
     seed: int = 0
     batch_size: int = 64
+    micro_batches: int = 1
+    recipe: str = "dfs"
+    static_widths: tuple[int, ...] = ()
+    teacher: str = ""
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    schedule_gamma: float = 0.1
 
     float_epochs: int = 30
     float_lr: float = 0.1
+    float_precision: str = "float32"
     weight_decay: float = 2e-4
 
     calibration_images: int = 1024
@@ -97,8 +138,10 @@ class TrainConfig:
     explore: float = 0.3
     diversity: float = 0.1
     gate_every: int = 2
+    beta: float = 1e-5
     lambda_start: float = 0.1
     lambda_rate: float = 0.01
+    steering: float = 0.2
 
     settle_fraction: float = 0.1
     batchnorm_images: int = 8192
@@ -126,14 +169,40 @@ class TrainConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.semantics not in ("default", "paper"):
-            raise ValueError(f"semantics must be 'default' or 'paper', got {self.semantics!r}")
-        if self.cost not in ("paper", "bitops"):
-            raise ValueError(f"cost must be 'paper' or 'bitops', got {self.cost!r}")
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.seed >= 1 << 31:
             raise ValueError(f"seed must be below 2^31, got {self.seed}")
-        if max((c for c in self.choices if c != 32), default=0) == 0:
-            raise ValueError(f"choices must hold an integer width, got {self.choices}")
+        if not any(self.choices):
+            raise ValueError(f"choices must hold a width besides 0, got {self.choices}")
+        self._check_milestones()
+        self._check_recipe()
+
+    def _check_milestones(self) -> None:
+        shares = self.milestones
+        if not all(isinstance(s, float) and 0 < s < 1 for s in shares) or list(shares) != sorted(
+            shares
+        ):
+            raise ValueError(f"milestones must be ascending shares between 0 and 1, got {shares}")
+
+    def _check_recipe(self) -> None:
+        if (self.recipe == "static") != bool(self.static_widths):
+            raise ValueError(
+                f"static_widths go with recipe 'static', got {self.static_widths} "
+                f"with recipe {self.recipe!r}"
+            )
+        offered = {*self.choices, FULL_BITS} if len(self.static_widths) == 1 else {*self.choices}
+        if not set(self.static_widths) <= offered - {0}:
+            raise ValueError(
+                f"static_widths must be among the choices {self.choices}, or 32 alone, "
+                f"got {self.static_widths}"
+            )
+        if (self.cost == "latency") != bool(self.latency_table):
+            raise ValueError(
+                f"latency_table goes with cost 'latency', got {self.latency_table!r} "
+                f"with cost {self.cost!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,31 +214,23 @@ class TrainConfig:
         if not isinstance(values, Mapping) or set(values) != known:
             odd = set(values) ^ known if isinstance(values, Mapping) else {values}
             raise ValueError(f"config: unknown or missing entries {sorted(map(str, odd))}")
-        plain = {k: _tuples(v) for k, v in values.items()}
-        return TrainConfig(**plain)
+        return settings_from(values)
 
     def with_target(self, target: float) -> TrainConfig:
         return replace(self, target=target)
 
 
+def settings_from(values: Mapping[str, Any]) -> TrainConfig:
+    """A config of some settings, the others as they are by default; lists become tuples.
+
+    Raises:
+        ValueError: naming a setting that is unknown or out of range.
+    """
+    unknown = sorted(set(values) - {f.name for f in fields(TrainConfig)})
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}")
+    return TrainConfig(**{name: _tuples(value) for name, value in values.items()})
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-# The digits have 180 validation images, so one of them is 0.56 points, and 17 training batches an
-# epoch, so gates get more epochs and a larger step than on a full-size data set.
-PRESETS: dict[str, TrainConfig] = {
-    "digits": TrainConfig(
-        float_epochs=12,
-        switch_epochs=8,
-        exit_points=((2, 4.0), (4, 1.7), (8, 1.2)),
-        gate_epochs=80,
-        gate_lr=3e-2,
-        joint_epochs=4,
-        joint_gate_lr=5e-3,
-        gate_every=2,
-        diversity=1.0,
-        lambda_rate=0.03,
-        batchnorm_images=2048,
-    ),
-}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dfs.cost import BitOps, Cost, PaperCost
+from dfs.cost import Cost, make_cost
 from dfs.data import Images
+from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, PlainResNet, Policy
 
 _TIMED_PASSES = 5
@@ -28,6 +30,7 @@ class Evaluation:
         milliseconds: per image, median over passes through up to 1,024 images in batches.
         batch_size: what those batches held.
         bits: int32 (N, gated blocks), every decision; None for a plain network.
+        latency: by a table of measured parts, as a fraction of full precision; None without one.
     """
 
     accuracy: float
@@ -36,6 +39,19 @@ class Evaluation:
     milliseconds: float
     batch_size: int
     bits: Tensor | None
+    latency: float | None = None
+
+    @staticmethod
+    def of(
+        accuracy: float,
+        costs: Mapping[str, float],
+        milliseconds: float,
+        batch_size: int,
+        bits: Tensor | None,
+    ) -> Evaluation:
+        """With costs by their names; the latency may be missing."""
+        named = (costs["paper"], costs["bitops"])
+        return Evaluation(accuracy, *named, milliseconds, batch_size, bits, costs.get("latency"))
 
     @property
     def widths_used(self) -> tuple[int, ...]:
@@ -53,11 +69,13 @@ def evaluate(
     images: Images,
     policy: Policy = None,
     batch_size: int = 64,
+    latency_table: LatencyTable | None = None,
 ) -> Evaluation:
     """Run a network in evaluation mode, kernels and all, and time it.
 
     Args:
         policy: None asks the gate; an int forces every gated block to that width.
+        latency_table: adds the latency that it gives.
     """
     if len(images) == 0:
         raise ValueError("images must not be empty")
@@ -73,28 +91,40 @@ def evaluate(
         else:
             logits = model(batch.images)
         correct += int((logits.argmax(1) == batch.labels).sum())
+    took = milliseconds_per_image(lambda x: _logits(model, x, policy), images, batch_size)
+    costs = {"paper": 1.0, "bitops": 1.0, "latency": 1.0}
+    if isinstance(model, DynamicResNet):
+        mask = torch.cat(masks).double()
+        found = costs_of(model, images.image_size, latency_table)
+        costs = {cost.name: float(cost(mask).mean()) for cost in found}
+    if latency_table is None:
+        costs.pop("latency", None)
+    decided = torch.cat(bits) if bits else None
+    return Evaluation.of(correct / len(images), costs, took, batch_size, decided)
+
+
+def costs_of(
+    model: DynamicResNet, image_size: tuple[int, int], latency_table: LatencyTable | None = None
+) -> list[Cost]:
+    """Every cost that reports show."""
+    names = ("paper", "bitops") if latency_table is None else ("paper", "bitops", "latency")
+    return [make_cost(name, model, image_size, latency_table) for name in names]
+
+
+def milliseconds_per_image(
+    run: Callable[[Tensor], object], images: Images, batch_size: int
+) -> float:
+    """Median over passes through up to 1,024 images."""
     # Decoded beforehand: the network's time is meant.
     timed = list(itertools.islice(images.batches(batch_size), -(-_TIMED_IMAGES // batch_size)))
+    count = sum(map(len, timed))
     passes = []
     for _ in range(_TIMED_PASSES):
         start = time.perf_counter()
         for batch in timed:
-            _logits(model, batch.images, policy)
-        count = sum(map(len, timed))
+            run(batch.images)
         passes.append((time.perf_counter() - start) / count * 1e3)
-    paper = bitops = 1.0
-    if isinstance(model, DynamicResNet):
-        mask = torch.cat(masks)
-        paper = float(PaperCost(model)(mask).double().mean())
-        bitops = float(BitOps(model, images.image_size)(mask).double().mean())
-    return Evaluation(
-        correct / len(images),
-        paper,
-        bitops,
-        statistics.median(passes),
-        batch_size,
-        torch.cat(bits) if bits else None,
-    )
+    return statistics.median(passes)
 
 
 @torch.no_grad()
@@ -111,6 +141,13 @@ def accuracy(
         logits = _logits(model, batch.images, policy)
         correct += int((logits.argmax(1) == batch.labels).sum())
     return correct / len(images)
+
+
+@torch.no_grad()
+def decisions(model: DynamicResNet, images: Images, batch_size: int = 256) -> Tensor:
+    """The width of every gated block for every image, int32 (N, gated blocks)."""
+    model.eval()
+    return torch.cat([model.run(batch.images).bits for batch in images.batches(batch_size)])
 
 
 @torch.no_grad()

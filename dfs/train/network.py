@@ -9,7 +9,7 @@ from dfs.data import Preprocessing
 from dfs.models import PAPER, DynamicResNet, build_model
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly
 from dfs.train.config import TrainConfig
-from dfs.train.stages import STAGES
+from dfs.train.recipes import stages_of
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
@@ -26,7 +26,7 @@ class TrainedNetwork:
 def build_dynamic(config: TrainConfig, classes: int, channels: int) -> DynamicResNet:
     """The dynamic network that the settings describe, with fresh parameters."""
     options = dict(PAPER) if config.semantics == "paper" else {}
-    options |= {"choices": config.choices, "stream": config.stream}
+    options |= {"choices": config.choices, "stream": config.stream, "gate": config.gate}
     model = build_model(config.model, classes, channels, **options)
     assert isinstance(model, DynamicResNet)
     return model
@@ -46,10 +46,10 @@ def load_network(path: Path) -> TrainedNetwork:
         path = path / CHECKPOINT_NAME
     content = load_checkpoint(path)
     try:
-        stage = content.get("stage", len(STAGES))
-        if stage != len(STAGES):
-            raise CheckpointError(f"{path}: the run is not finished; dfs train --resume goes on")
         config = TrainConfig.from_dict(content["config"])
+        last = len(stages_of(config))
+        if content.get("stage", last) != last:
+            raise CheckpointError(f"{path}: the run is not finished; dfs train --resume goes on")
         described = content["data"]["preprocessing"]
         if described is None:
             raise CheckpointError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,23 @@ import torch
 
 from dfs.cost import Cost, make_cost
 from dfs.data import DataError, DataSplits, load_dataset
+from dfs.latency import LatencyTable
 from dfs.models import PlainResNet, build_model
+from dfs.nn import replicas
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, load_exactly, save_checkpoint
 from dfs.train.config import TrainConfig
+from dfs.train.distributed import any_process, correct_step_gradients, mean_values
 from dfs.train.network import CHECKPOINT_NAME, build_dynamic
-from dfs.train.stages import STAGES, Stage, StageError
+from dfs.train.recipes import SHARED_STAGES, settings_of, shareable_stages, stages_of
+from dfs.train.record import RunRecord
+from dfs.train.stages import Stage, StageError
 
 __all__ = ["SHARED_STAGES", "StageError", "Trainer"]
 
-# S0 to S2 know nothing of the cost target: every target starts from their result.
-SHARED_STAGES = 3
 _SEED_STRIDE = 1_000_003
+# How much longer steps must take than writing a checkpoint before there is another one: it takes
+# about a tenth of the time, and a killed run has little to do again.
+_WRITING_SHARE = 10
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -39,6 +45,9 @@ class Trainer:
         config: the settings.
         folder: where checkpoints and metrics go; None keeps nothing.
         data: the data set, loaded by the config's name if None.
+
+    Raises:
+        ValueError: a setting that does not fit the data.
     """
 
     def __init__(
@@ -46,40 +55,74 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = folder
-        self.data = data if data is not None else _load_data(config)
+        self.data = data if data is not None else load_data(config)
         torch.manual_seed(config.seed)
         plain = build_model(config.model, self.data.classes, self.data.channels, None)
         assert isinstance(plain, PlainResNet)
         self.plain = plain
         self.model = build_dynamic(config, self.data.classes, self.data.channels)
+        correct_step_gradients(self.model)
+        self.stages = stages_of(config)
+        self.cost = self._make_cost()
+        self.teacher = _load_teacher(config, self.data) if config.teacher else None
         self.stage_index = 0
         self.step = 0
         self.results: dict[str, dict[str, float]] = {}
         self._stage: Stage | None = None
-        # Lines written after the last checkpoint belong to steps that are done again.
-        self._metrics_size = 0
-        self._metrics_open = False
-
-    @property
-    def cost(self) -> Cost:
-        return make_cost(self.config.cost, self.model, self.data.image_size)
+        self.record = self._new_record()
+        self._saved_at = time.monotonic()
+        self._save_seconds = math.inf
 
     @property
     def done(self) -> bool:
-        return self.stage_index >= len(STAGES)
+        return self.stage_index >= len(self.stages)
 
-    def fork(self, target: float, folder: Path | None = None) -> Trainer:
-        """A run of its own for another cost target, starting from here.
+    def _make_cost(self) -> Cost:
+        table = self.config.latency_table
+        loaded = LatencyTable.load(Path(table)) if table else None
+        return make_cost(self.config.cost, self.model, self.data.image_size, loaded)
+
+    def check_target(self) -> None:
+        """ValueError, with the range, if no decisions cost the target."""
+        if self.config.recipe == "static":
+            return
+        costs = self.cost.of_choices()
+        low, high, target = float(costs.min()), float(costs.max()), self.config.target
+        if not low <= target <= high:
+            raise ValueError(
+                f"target {target:.3%} can't be reached: choices {self.config.choices} cost "
+                f"{low:.3%} to {high:.3%} of full precision ({self.config.cost})"
+            )
+
+    def _new_record(self, metrics_size: int = 0) -> RunRecord | None:
+        if self.folder is None or replicas.rank():
+            return None
+        return RunRecord(self.folder, self.config, metrics_size)
+
+    def fork(self, config: TrainConfig, folder: Path | None = None) -> Trainer:
+        """A run of its own with other settings, starting from here.
 
         Raises:
-            ValueError: the target has already been trained to.
+            ValueError: naming a setting on which what has been trained depends, or saying that it
+                has been trained too far.
         """
-        if self.stage_index > SHARED_STAGES or (self.stage_index == SHARED_STAGES and self.step):
-            raise ValueError("a run can only be forked before its gates are trained")
-        other = Trainer(self.config.with_target(target), folder, self.data)
+        done = self.stage_index
+        if self.step or done > min(shareable_stages(self.config), shareable_stages(config)):
+            raise ValueError("a run can only be forked between the stages that others share")
+        for name, value in settings_of(self.config, done).items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name} can't become {getattr(config, name)!r}: "
+                    f"what is to be shared was trained with {value!r}"
+                )
+        other = Trainer(config, folder, self.data)
         other.plain.load_state_dict(self.plain.state_dict())
-        load_exactly(other.model, self.model.state_dict(), "model")
-        other.stage_index, other.step = self.stage_index, self.step
+        if done > 1:
+            # The gates are still untrained, and may be others.
+            own = {k: v for k, v in other.model.state_dict().items() if k.startswith("gate.")}
+            rest = {k: v for k, v in self.model.state_dict().items() if not k.startswith("gate.")}
+            load_exactly(other.model, {**rest, **own}, "model")
+        other.stage_index = done
         other.results = copy.deepcopy(self.results)
         return other
 
@@ -89,7 +132,7 @@ class Trainer:
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
         max_steps: int | None = None,
-        checkpoint_every: int = 50,
+        checkpoint_every: int | None = None,
     ) -> bool:
         """Train until stage ``until`` begins, or to the end.
 
@@ -98,15 +141,19 @@ class Trainer:
                 stage and what was measured.
             stop: asked after every step; True saves and returns.
             max_steps: stop, saved, after so many steps of this call.
-            checkpoint_every: steps between checkpoints.
+            checkpoint_every: steps between checkpoints; None writes them as often as a tenth of
+                the time allows.
 
         Returns:
             Whether it got there.
 
         Raises:
             StageError: a stage's exit check did not pass; its checkpoint is kept.
+            ValueError: the choices can't cost the target; nothing was trained.
         """
-        last = len(STAGES) if until is None else until
+        last = len(self.stages) if until is None else until
+        if last > shareable_stages(self.config):
+            self.check_target()
         taken = 0
         while self.stage_index < last:
             stage = self._current()
@@ -115,15 +162,15 @@ class Trainer:
                 torch.manual_seed(
                     (self.config.seed * _SEED_STRIDE + self.stage_index) * _SEED_STRIDE + self.step
                 )
-                measured = stage.take(self.step)
+                with replicas.sharded(stage.sharded):
+                    measured = mean_values(stage.take(self.step))
                 self.step += 1
                 taken += 1
                 self._log(stage.name, self.step, measured)
                 if progress is not None:
                     progress(stage.name, self.step, total, measured)
-                finished = self.step == total
-                stopping = (stop is not None and stop()) or taken == max_steps
-                if stopping or (self.step % checkpoint_every == 0 and not finished):
+                stopping = any_process((stop is not None and stop()) or taken == max_steps)
+                if stopping or (self.step < total and self._save_is_due(checkpoint_every)):
                     self.save()
                 if stopping:
                     return False
@@ -136,10 +183,19 @@ class Trainer:
             self.save()
         return True
 
+    def _save_is_due(self, every: int | None) -> bool:
+        if every is not None:
+            return self.step % every == 0
+        if math.isinf(self._save_seconds):
+            return True
+        return time.monotonic() - self._saved_at >= _WRITING_SHARE * self._save_seconds
+
     def save(self) -> None:
         """Write the checkpoint, if the run has a folder."""
-        if self.folder is None:
+        if self.folder is None or self.record is None:
             return
+        start = time.monotonic()
+        self.record.flush()
         stage = {} if self._stage is None else self._stage.state_dict()
         save_checkpoint(
             self.folder / CHECKPOINT_NAME,
@@ -151,10 +207,13 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "stage_state": stage,
                 "results": self.results,
-                "metrics_size": self._metrics_size,
+                "metrics_size": self.record.metrics_size,
                 "data": self.data.record(),
             },
         )
+        self._saved_at = time.monotonic()
+        # The fastest so far: a disk that is busy for once is no reason to wait for long.
+        self._save_seconds = min(self._save_seconds, self._saved_at - start)
 
     @staticmethod
     def load(
@@ -179,9 +238,9 @@ class Trainer:
             trainer._expect_data(content["data"], path)
             load_exactly(trainer.plain, content["plain"], f"{path}: plain")
             load_exactly(trainer.model, content["model"], f"{path}: model")
-            trainer.stage_index = _count(content, "stage", len(STAGES))
+            trainer.stage_index = _count(content, "stage", len(trainer.stages))
             trainer.step = _count(content, "step")
-            trainer._metrics_size = _count(content, "metrics_size")
+            trainer.record = trainer._new_record(_count(content, "metrics_size"))
             trainer.results = dict(content["results"])
             if trainer.step:
                 stage = trainer._current()
@@ -203,7 +262,7 @@ class Trainer:
 
     def _current(self) -> Stage:
         if self._stage is None:
-            stage_type = STAGES[self.stage_index]
+            stage_type = self.stages[self.stage_index]
             if self.step == 0:
                 torch.manual_seed(self.config.seed * _SEED_STRIDE - 1 - self.stage_index)
                 stage_type.prepare(self)
@@ -211,18 +270,8 @@ class Trainer:
         return self._stage
 
     def _log(self, stage: str, step: int, measured: dict[str, float], final: bool = False) -> None:
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        line = {"stage": stage, "step": step, "final": final, **measured}
-        path = self.folder / "metrics.jsonl"
-        if not self._metrics_open:
-            path.touch()
-            os.truncate(path, min(self._metrics_size, path.stat().st_size))
-            self._metrics_open = True
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            self._metrics_size = file.tell()
+        if self.record is not None:
+            self.record.log(stage, step, measured, final)
 
 
 def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -231,10 +280,29 @@ def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
     return {"name": record["name"], **{k: preprocessing.get(k) for k in ("size", "class_names")}}
 
 
-def _load_data(config: TrainConfig) -> DataSplits:
+def load_data(config: TrainConfig) -> DataSplits:
+    """The data set that the settings name."""
     folder = Path(config.data) if config.data else None
     waived = config.allow_unverified
     return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+
+
+def _load_teacher(config: TrainConfig, data: DataSplits) -> PlainResNet:
+    """The float network of another run.
+
+    Raises:
+        ValueError: there is none, or it is for other data.
+    """
+    path = Path(config.teacher) / CHECKPOINT_NAME
+    content = load_checkpoint(path)
+    try:
+        taught = TrainConfig.from_dict(content["config"])
+        teacher = build_model(taught.model, data.classes, data.channels, None)
+        load_exactly(teacher, content["plain"], f"teacher {path}: plain")
+    except KeyError as error:
+        raise CheckpointError(f"teacher {path}: entry {error} is missing") from error
+    assert isinstance(teacher, PlainResNet)
+    return teacher
 
 
 def _count(content: dict[str, Any], name: str, limit: int | None = None) -> int:
@@ -242,8 +310,3 @@ def _count(content: dict[str, Any], name: str, limit: int | None = None) -> int:
     if type(value) is not int or value < 0 or (limit is not None and value > limit):
         raise CheckpointError(f"checkpoint: {name} can't be {value!r}")
     return value
-
-
-def stage_names() -> Sequence[str]:
-    """The stages in order."""
-    return [stage.name for stage in STAGES]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dfs.cli import main
 from dfs.data import DataSplits, ImageSet
@@ -29,6 +31,19 @@ TINY = TrainConfig(
     batchnorm_min_routed=4,
     cost_tolerance=1.0,
 )
+
+
+def equal_content(first: Any, second: Any) -> bool:
+    """Whether two checkpoints hold the same, bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return False
+        return all(equal_content(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal_content, first, second))
+    return bool(first == second)
 
 
 def tiny_data(size: int = 8) -> DataSplits:

@@ -43,7 +43,7 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["fly"], "fly"),
         (["info", "--colour"], "--colour"),
         (["train"], "--out"),
-        (["train", "--out", "{tmp}", "--preset", "imagenet"], "--preset"),
+        (["train", "--out", "{tmp}", "--preset", "imagenet"], "preset must be"),
         (["train", "--out", "{tmp}", "--model", "resnet9"], "model"),
         (["train", "--out", "{tmp}", "--target", "-1"], "target"),
         (["train", "--out", "{tmp}", "--target", "much"], "--target"),
@@ -62,11 +62,19 @@ def _dfs(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--out", "{tmp}", "--dataset", "auto"], "--dataset auto needs --data"),
         (["train", "--out", "{tmp}", "--dataset", "digits", "--data", "{tmp}"], "no data folder"),
         (["train", "--out", "{tmp}", "--set", "image_size=9"], "image_size is for class folders"),
-        (["train", "--out", "{tmp}", "--resume", "--dataset", "mnist"], "none but --data"),
         (["predict", "--checkpoint", "{tmp}", "a.png"], "no such checkpoint"),
         (["predict", "a.png"], "--checkpoint"),
         (["eval", "{tmp}"], "no such checkpoint"),
         (["eval", "{tmp}", "--split", "train"], "--split"),
+        (["sweep", "--out", "{tmp}", "--methods", "dfs,magic"], "magic"),
+        (["sweep", "--out", "{tmp}", "--targets", "0.5"], "0.000% to 6.250%"),
+        (["sweep", "--out", "{tmp}", "--targets", "some"], "--targets"),
+        (["sweep", "--out", "{tmp}", "--seeds", "1,1"], "seeds"),
+        (["plot", "{tmp}"], "no such checkpoint"),
+        (["report", "{tmp}"], "no such checkpoint"),
+        (["train", "--out", "{tmp}", "--target", "0.5"], "0.000% to 6.250%"),
+        (["train", "--out", "{tmp}", "--gate", "wooden"], "gate"),
+        (["train", "--out", "{tmp}", "--latency-table", "{tmp}/none.json"], "none.json"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -176,7 +184,7 @@ def test_train_stops_on_a_signal_resumes_and_evaluates(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 3
     assert "stopped" in error
     steps = len(metrics.read_text().splitlines())
 

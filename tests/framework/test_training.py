@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from dfs.models import DynamicResNet
 from dfs.nn import PerWidthBatchNorm2d, ResidualBlock
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.calibrate import (
+    CostTilt,
     best_input_step,
     best_weight_steps,
     calibrate_gate_bias,
@@ -22,25 +27,16 @@ from dfs.train.calibrate import (
 )
 from dfs.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dfs.train.controller import CostController
-from dfs.train.stages import STAGES, distillation, diversity
+from dfs.train.recipes import stages_of
+from dfs.train.stages import distillation, diversity
 from dfs.train.trainer import SHARED_STAGES
 from dfs_kernels import reference
-from tests.framework.helpers import TINY, settled_model, tiny_data
+from tests.framework.helpers import TINY, equal_content, settled_model, tiny_data
 
 
 @pytest.fixture(scope="module")
 def data() -> DataSplits:
     return tiny_data()
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_same, first, second))
-    return bool(first == second)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -50,7 +46,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def _total_steps(data: DataSplits) -> int:
     trainer = Trainer(TINY, None, data)
     trainer.results["S0 float"] = {"val_accuracy": 0.0}
-    return sum(stage(trainer).steps() for stage in STAGES)
+    return sum(stage(trainer).steps() for stage in stages_of(TINY))
 
 
 # Resuming
@@ -74,7 +70,7 @@ def test_stopping_and_resuming_changes_no_bit(
         trainer = Trainer.load(tmp_path, data)
         sessions += 1
     assert sessions > _total_steps(data) // every - 1
-    assert _same(
+    assert equal_content(
         load_checkpoint(tmp_path / "checkpoint.pt"), load_checkpoint(straight / "checkpoint.pt")
     )
     assert _lines(tmp_path) == _lines(straight)
@@ -95,27 +91,63 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     resumed = Trainer.load(tmp_path, data)
     assert (resumed.stage_index, resumed.step) == (4, 3)
     assert resumed.run()
-    assert _same(
+    assert equal_content(
         load_checkpoint(tmp_path / "checkpoint.pt"), load_checkpoint(straight / "checkpoint.pt")
     )
     assert _lines(tmp_path) == _lines(straight)
+
+
+@pytest.mark.slow
+def test_killing_at_random_moments_changes_nothing_and_costs_little() -> None:
+    command = [sys.executable, "-m", "tests.framework.kill_and_resume", "--runs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (disturbed,) = found["disturbed"]
+    assert disturbed["killed"] == 3
+    assert disturbed["same"]
+    assert found["steps"] <= disturbed["steps"] <= 1.2 * found["steps"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    data: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(TINY, tmp_path, data)
+    trainer.run(max_steps=3)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.run(max_steps=3)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not [f.name for f in tmp_path.iterdir() if f.name.startswith(".")]
+    resumed = Trainer.load(tmp_path, data)
+    assert (resumed.stage_index, resumed.step) == (0, 3)
+    assert resumed.run(max_steps=1) is False
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_seed_decides_everything(data: DataSplits, straight: Path, tmp_path: Path) -> None:
     other = Trainer(replace(TINY, seed=1), tmp_path, data)
     other.run()
     first = load_checkpoint(straight / "checkpoint.pt")["model"]
-    assert not _same(first, other.model.state_dict())
+    assert not equal_content(first, other.model.state_dict())
 
 
 def test_forks_share_what_came_before_them(data: DataSplits, straight: Path) -> None:
     shared = Trainer(TINY, None, data)
     assert shared.run(SHARED_STAGES)
-    fork = shared.fork(TINY.target)
+    fork = shared.fork(TINY)
     assert fork.run()
-    assert _same(fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"])
+    assert equal_content(
+        fork.model.state_dict(), load_checkpoint(straight / "checkpoint.pt")["model"]
+    )
     with pytest.raises(ValueError, match="forked"):
-        fork.fork(0.01)
+        fork.fork(TINY)
 
 
 def test_a_finished_run_meets_its_target(data: DataSplits, straight: Path) -> None:
@@ -294,6 +326,33 @@ def test_gate_bias_brings_hard_decisions_to_the_target(target: float) -> None:
     assert reached == pytest.approx(target, rel=0.05)
 
 
+def test_tilting_spares_skips_and_does_not_jump_to_full_precision() -> None:
+    model = settled_model(depth=14, choices=(0, 2, 4, 8, 32))
+    tilts = CostTilt(PaperCost(model), 0.02)
+    # 8 bits cost 6.25 %, which is near; 32 bits are far beyond.
+    torch.testing.assert_close(
+        tilts.bias(3.0), torch.tensor([0, -3 / 16, -3 / 4, -3, -48], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        tilts.bias(-3.0), torch.tensor([0, 0.75, 1.5, 3, 3], dtype=torch.float64)
+    )
+    for tilt in (-2.0, 0.0, 0.5):
+        assert tilts.of(tilts.bias(tilt)) == tilt
+
+
+def test_a_constant_gate_is_held_within_the_target() -> None:
+    torch.manual_seed(0)
+    model = settled_model(depth=14, gate="constant")
+    torch.nn.init.normal_(model.gate.logits)
+    images = ImageSet(torch.randn(16, 3, 8, 8), torch.zeros(16, dtype=torch.long))
+    cost = PaperCost(model)
+    for target in (0.001, 0.01, 0.02, 0.04):
+        reached = calibrate_gate_bias(model, images, cost, target, 16)
+        assert reached <= target
+    # A block more at 8 bits would be beyond.
+    assert reached > 0.04 - (8 / 32) ** 2 / model.gated_blocks
+
+
 # Pieces of the loss
 
 
@@ -364,7 +423,7 @@ def test_shifting_moves_an_image_by_whole_pixels() -> None:
         ({"target": 0.0}, "target"),
         ({"target": 2.0}, "target"),
         ({"batch_size": 1}, "batch_size"),
-        ({"choices": (0, 32)}, "integer width"),
+        ({"choices": (0,)}, "besides 0"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:

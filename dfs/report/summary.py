@@ -1,0 +1,182 @@
+"""The table of a sweep: means over the seeds, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dfs.train.checkpoint import write_beside
+
+TABLE_NAMES = ("table.md", "table.csv", "table.json")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One method at one target.
+
+    Attributes:
+        seeds: how many runs came to a result.
+        accuracy, paper_cost, bitops, latency, milliseconds_per_image: means over the seeds;
+            accuracy and costs are fractions. None where there is no run, or no latency table.
+        spread: sample standard deviation of the accuracy; None for one seed.
+        note: what went wrong, if anything.
+    """
+
+    label: str
+    method: str
+    target: float | None
+    seeds: int
+    accuracy: float | None
+    spread: float | None
+    paper_cost: float | None
+    bitops: float | None
+    latency: float | None
+    milliseconds_per_image: float | None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label and the target."""
+        return self.label if self.target is None else f"{self.label}, {self.target:.2%}"
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
+    """A row per label and target, in the order in which they first appear.
+
+    Args:
+        results: of :meth:`dfs.train.sweep.Sweep.results`.
+    """
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["label"], result["target"]), []).append(result)
+    return [_row(label, target, group) for (label, target), group in groups.items()]
+
+
+def _row(label: str, target: float | None, group: list[dict[str, Any]]) -> SummaryRow:
+    good = [result for result in group if "failed" not in result]
+    accuracies = [result["accuracy"] for result in good]
+    notes = [f"seed {r['seed']}: {r['failed']}" for r in group if "failed" in r]
+    return SummaryRow(
+        label,
+        group[0]["method"],
+        target,
+        len(good),
+        _mean(accuracies),
+        statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        _mean([r["paper_cost"] for r in good]),
+        _mean([r["bitops"] for r in good]),
+        _mean([r["latency"] for r in good]),
+        _mean([r["milliseconds_per_image"] for r in good]),
+        "; ".join(notes),
+    )
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """One result in a line, as it comes."""
+    target = "" if result["target"] is None else f", {result['target']:.2%}"
+    name = f"{result['label']}{target}, seed {result['seed']}"
+    if "failed" in result:
+        return f"{name}: failed: {result['failed']}"
+    return (
+        f"{name}: accuracy {result['accuracy']:.2%}, paper cost {result['paper_cost']:.2%}, "
+        f"BitOPs {result['bitops']:.2%}"
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+_HEADINGS = ("network", "seeds", "accuracy %", "paper cost %", "BitOPs %")
+
+
+def _cells(row: SummaryRow, with_latency: bool) -> list[str]:
+    accuracy = _percent(row.accuracy)
+    if row.spread is not None:
+        accuracy += f" ± {row.spread * 100:.2f}"
+    cells = [row.name, str(row.seeds), accuracy, _percent(row.paper_cost), _percent(row.bitops)]
+    if with_latency:
+        cells.append(_percent(row.latency))
+    took = row.milliseconds_per_image
+    return [*cells, "-" if took is None else f"{took:.3f}", row.note]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value * 100:.2f}"
+
+
+def _headings(with_latency: bool) -> list[str]:
+    latency = ["latency %"] if with_latency else []
+    return [*_HEADINGS, *latency, "ms per image", "note"]
+
+
+def _has_latency(rows: Sequence[SummaryRow]) -> bool:
+    return any(row.latency is not None for row in rows)
+
+
+def to_markdown(rows: Sequence[SummaryRow]) -> str:
+    """A Markdown table."""
+    headings, *cells = table_cells(rows)
+    aligned = ["---", *["---:"] * (len(headings) - 2), "---"]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, aligned, *cells))
+
+
+def to_csv(rows: Sequence[SummaryRow]) -> str:
+    """All figures as they are, a heading first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(SummaryRow.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def write_tables(folder: Path, rows: Sequence[SummaryRow], about: dict[str, Any]) -> None:
+    """``table.md``, ``table.csv`` and ``table.json`` in a folder.
+
+    Args:
+        about: what the JSON says beside the rows.
+    """
+    content = {**about, "rows": [asdict(row) for row in rows]}
+    texts = (to_markdown(rows), to_csv(rows), json.dumps(content, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(TABLE_NAMES, texts, strict=True):
+        write_beside(folder / name, text)
+
+
+def read_tables(folder: Path) -> list[SummaryRow]:
+    """The rows that :func:`write_tables` wrote.
+
+    Raises:
+        ValueError: there is no readable table.
+    """
+    path = folder / TABLE_NAMES[-1]
+    try:
+        return [SummaryRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no table of a sweep ({error})") from error
+
+
+def table_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
+    """Headings, and the cells of every row, as texts."""
+    with_latency = _has_latency(rows)
+    return [_headings(with_latency), *(_cells(row, with_latency) for row in rows)]
+
+
+def rich_summary(rows: Sequence[SummaryRow], title: str) -> Table:
+    """The same for a terminal."""
+    headings, *cells = table_cells(rows)
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    return table

@@ -1,0 +1,441 @@
+"""Dynamic networks at several targets beside what they must beat, on equal terms.
+
+Every network of a sweep is trained by the same code, with the same teacher and as many sample
+passes. What several can share (the float network; the switchable one) is trained once and kept by
+a hash of the settings behind it. Everything is in the sweep's folder, and a sweep that was killed
+goes on from there:
+
+    shared/KEY     a run of the first stages
+    runs/KEY       a run of the stages behind them
+    results/KEY.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfs.cost import FULL_BITS, make_cost
+from dfs.data import DataSplits
+from dfs.latency import LatencyTable
+from dfs.models import architecture_of, resnet_depth
+from dfs.train.cascade import cascade_for_target, evaluate_cascade
+from dfs.train.checkpoint import write_beside
+from dfs.train.config import TrainConfig
+from dfs.train.evaluate import Evaluation, costs_of, evaluate
+from dfs.train.network import CHECKPOINT_NAME, build_dynamic
+from dfs.train.recipes import prefix_key, shareable_stages, stages_of
+from dfs.train.stages import StageError
+from dfs.train.trainer import Trainer, load_data
+
+# What a sweep can compare, and what the command line calls it.
+METHODS = {
+    "dfs": "dynamic networks, at every target",
+    "constant": "the same with gates that do not look at the input, at every target",
+    "static2": "2 bits throughout",
+    "static4": "4 bits throughout",
+    "static8": "8 bits throughout",
+    "static32": "the float network",
+    "shallow8": "a network of half the depth, 8 bits throughout",
+    "skipnet8": "choices 0 and 8, at every target",
+    "skipnet": "choices 0 and 32, skipping about as many blocks as skipnet8",
+    "cascade": "the narrowest width, and 8 bits where that is not sure, at every target",
+}
+_CASCADE_HIGH = 8
+# Of the ImageNet networks.
+_HALF_DEPTH = {34: 18, 50: 18, 101: 50}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network to train and measure.
+
+    Attributes:
+        label: without the target and the seed.
+        target: that the row is for; None for networks without one.
+    """
+
+    method: str
+    label: str
+    target: float | None
+    config: TrainConfig
+
+    @property
+    def key(self) -> str:
+        """A short hash of what decides the result."""
+        text = json.dumps([self.method, self.target, self.config.to_dict()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def run_key(self) -> str:
+        """The same of the training alone, which entries may share."""
+        return prefix_key(self.config, len(stages_of(self.config)))
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """Where a sweep is.
+
+    Attributes:
+        label: what is being trained.
+        done, entries: results there are, and are to be.
+        seconds_left: None before any step.
+    """
+
+    label: str
+    stage: str
+    step: int
+    steps: int
+    measured: dict[str, float]
+    done: int
+    entries: int
+    seconds_left: float | None
+
+
+class Sweep:
+    """Everything to be compared, and how far it is.
+
+    Args:
+        base: settings of the dynamic networks; target and seed are replaced.
+        targets: costs to train to.
+        methods: out of ``METHODS``.
+        data: gives a seed's data set; loaded by the settings if None.
+        latency_table: adds latencies to the results.
+
+    Raises:
+        ValueError: naming the argument that is wrong, an unattainable target among them.
+    """
+
+    def __init__(
+        self,
+        base: TrainConfig,
+        folder: Path,
+        targets: Sequence[float],
+        seeds: Sequence[int] = (0,),
+        methods: Sequence[str] = tuple(METHODS),
+        data: Callable[[int], DataSplits] | None = None,
+        latency_table: LatencyTable | None = None,
+    ) -> None:
+        unknown = [m for m in methods if m not in METHODS]
+        if unknown:
+            raise ValueError(f"methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}")
+        for name, given in (("targets", targets), ("seeds", seeds), ("methods", methods)):
+            if not given or len(set(given)) != len(given):
+                raise ValueError(f"{name} must be different, at least one, got {list(given)}")
+        if base.recipe != "dfs":
+            raise ValueError(f"a sweep compares networks of recipe 'dfs', got {base.recipe!r}")
+        self.folder = folder.resolve()
+        self.base = base
+        self.latency_table = latency_table
+        self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
+        self._loaded: tuple[int, DataSplits] | None = None
+        self.skipped: list[str] = []
+        self.entries = [
+            entry
+            for seed in seeds
+            for method in methods
+            for entry in self._entries(method, targets, replace(base, seed=seed))
+        ]
+        self.skipped = list(dict.fromkeys(self.skipped))
+
+    def check(self) -> None:
+        """ValueError, with the range, if the dynamic networks can't cost a target."""
+        low, high = self._reach(self.base)
+        targets = {e.target for e in self.entries if e.method in ("dfs", "constant")}
+        for target in sorted(t for t in targets if t is not None):
+            if not low <= target <= high:
+                raise ValueError(
+                    f"target {target:.3%} can't be reached: choices {self.base.choices} cost "
+                    f"{low:.3%} to {high:.3%} of full precision ({self.base.cost})"
+                )
+
+    def results(self) -> list[dict[str, Any]]:
+        """Of the entries that are done, in order."""
+        found = [self._result_path(entry) for entry in self.entries]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+
+    def run(
+        self,
+        progress: Callable[[SweepProgress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        finished: Callable[[dict[str, Any]], None] | None = None,
+    ) -> bool:
+        """Train and measure what has no result yet.
+
+        Args:
+            finished: told of every result as it comes.
+
+        Returns:
+            Whether all is done; False if ``stop`` ended it, with everything saved.
+        """
+        clock = _Clock(self)
+        for entry in self.entries:
+            if self._result_path(entry).exists():
+                continue
+            try:
+                trainer = self._trained(entry, clock.watch(entry, progress), stop)
+            except StageError as error:
+                result = self._describe(entry) | {"failed": str(error)}
+            else:
+                if trainer is None:
+                    return False
+                result = self._measure(entry, trainer)
+            write_beside(self._result_path(entry), json.dumps(result, indent=2) + "\n")
+            if finished is not None:
+                finished(result)
+        return True
+
+    def runs_ahead(self) -> Iterator[tuple[str, TrainConfig, int, int]]:
+        """What is still to be trained: (key, settings, first stage, stage behind the last)."""
+        seen: set[str] = set()
+        for entry in self.entries:
+            if self._result_path(entry).exists():
+                continue
+            config, begun = entry.config, (self._run_folder(entry) / CHECKPOINT_NAME).exists()
+            shared = shareable_stages(config)
+            parts = [] if begun else [(0, 1), (1, shared)]
+            for first, last in parts:
+                yield from self._once(seen, prefix_key(config, last), config, first, last)
+            every = len(stages_of(config))
+            yield from self._once(seen, entry.run_key, config, shared, every)
+
+    @staticmethod
+    def _once(
+        seen: set[str], key: str, config: TrainConfig, first: int, last: int
+    ) -> Iterator[tuple[str, TrainConfig, int, int]]:
+        if key not in seen and last > first:
+            seen.add(key)
+            yield key, config, first, last
+
+    def data(self, seed: int) -> DataSplits:
+        """The data set of a seed; one is kept."""
+        if self._loaded is None or self._loaded[0] != seed:
+            self._loaded = (seed, self._load(seed))
+        return self._loaded[1]
+
+    def _entries(
+        self, method: str, targets: Sequence[float], config: TrainConfig
+    ) -> Iterator[Entry]:
+        if method.startswith("static"):
+            width = int(method.removeprefix("static"))
+            if width in (*config.choices, FULL_BITS):
+                yield Entry(method, f"static, {width} bits", None, _static(config, width))
+            else:
+                self.skipped.append(f"{method}: {width} bits are not among the choices")
+        elif method == "shallow8":
+            shallow = _half_depth(config.model)
+            settings = replace(
+                _static(config, 8),
+                model=shallow,
+                choices=(0, 8),
+                teacher=str(self._shared_folder(config, 1)),
+            )
+            yield Entry(method, f"static, 8 bits, {shallow}", None, settings)
+        else:
+            for target in targets:
+                yield from self._at_target(method, target, config.with_target(target))
+
+    def _at_target(self, method: str, target: float, config: TrainConfig) -> Iterator[Entry]:
+        if method == "dfs":
+            yield Entry(method, "DFS", target, config)
+        elif method == "constant":
+            yield Entry(method, "constant gate", target, replace(config, gate="constant"))
+        elif method == "cascade":
+            narrow = min(c for c in config.choices if c)
+            if _CASCADE_HIGH not in config.choices or narrow == _CASCADE_HIGH:
+                self.skipped.append("cascade: needs 8 bits and a lower width among the choices")
+            elif not self._reach(replace(config, choices=(narrow, _CASCADE_HIGH)))[0] <= target:
+                self.skipped.append(f"cascade: {narrow} bits alone cost more than {target:.2%}")
+            else:
+                trained = _static(config.with_target(self.base.target), narrow, _CASCADE_HIGH)
+                yield Entry(method, f"cascade, {narrow} then 8 bits", target, trained)
+        else:
+            skipnet8 = replace(config, choices=(0, 8), exit_points=_without(config, 8))
+            low, high = self._reach(skipnet8)
+            if not low <= target <= high:
+                self.skipped.append(f"{method}: choices 0 and 8 can't cost {target:.2%}")
+            elif method == "skipnet8":
+                yield Entry(method, "SkipNet, 8 bits", target, skipnet8)
+            else:
+                full = replace(skipnet8, choices=(0, FULL_BITS))
+                cheapest, dearest = self._reach(full)
+                as_many = cheapest + (target - low) / (high - low) * (dearest - cheapest)
+                yield Entry(method, "SkipNet", as_many, full.with_target(as_many))
+
+    def _reach(self, config: TrainConfig) -> tuple[float, float]:
+        """The least and the most that a network's choices cost."""
+        data = self.data(config.seed)
+        model = build_dynamic(config, data.classes, data.channels)
+        costs = make_cost(config.cost, model, data.image_size, self._table(config)).of_choices()
+        return float(costs.min()), float(costs.max())
+
+    @staticmethod
+    def _table(config: TrainConfig) -> LatencyTable | None:
+        return LatencyTable.load(Path(config.latency_table)) if config.latency_table else None
+
+    def _trained(self, entry: Entry, progress: Any, stop: Any) -> Trainer | None:
+        """The entry's network, trained; None if stopped before."""
+        folder, config = self._run_folder(entry), entry.config
+        data = self.data(config.seed)
+        if (folder / CHECKPOINT_NAME).exists():
+            trainer = Trainer.load(folder, data)
+        else:
+            shared = self._shared(config, shareable_stages(config), progress, stop)
+            if shared is None:
+                return None
+            trainer = shared.fork(config, folder)
+        return trainer if trainer.run(None, progress, stop) else None
+
+    def _shared(self, config: TrainConfig, count: int, progress: Any, stop: Any) -> Trainer | None:
+        """A run of the first stages, trained or found; None if stopped before."""
+        folder = self._shared_folder(config, count)
+        settings = replace(config, recipe="dfs", static_widths=())
+        if (folder / CHECKPOINT_NAME).exists():
+            trainer = Trainer.load(folder, self.data(config.seed))
+        elif count == 1:
+            # The float network needs no teacher, which it may be itself.
+            trainer = Trainer(replace(settings, teacher=""), folder, self.data(config.seed))
+        else:
+            start = self._shared(config, 1, progress, stop)
+            if start is None:
+                return None
+            teacher = replace(self.base, seed=config.seed)
+            if config.teacher and self._shared(teacher, 1, progress, stop) is None:
+                return None
+            trainer = start.fork(settings, folder)
+        return trainer if trainer.run(count, progress, stop) else None
+
+    def _measure(self, entry: Entry, trainer: Trainer) -> dict[str, Any]:
+        test, table = trainer.data.test, self.latency_table
+        result = self._describe(entry)
+        model, widths = trainer.model, entry.config.static_widths
+        try:
+            costs_of(model, test.image_size, table)
+        except ValueError as error:
+            # A table knows the parts that it was measured on, and no others.
+            table, result["latency_note"] = None, str(error)
+        if entry.method == "cascade":
+            assert entry.target is not None
+            cost = make_cost(entry.config.cost, model, test.image_size, self._table(entry.config))
+            narrow, wide = widths
+            found = (trainer.data.val, cost, entry.target)
+            cascade = cascade_for_target(model, narrow, wide, *found)
+            result["threshold"] = cascade.threshold
+            measured = evaluate_cascade(cascade, test, latency_table=table)
+        elif widths == (FULL_BITS,):
+            measured = evaluate(trainer.plain, test, latency_table=table)
+        else:
+            policy = widths[0] if widths else None
+            measured = evaluate(model, test, policy, latency_table=table)
+        return result | self._figures(trainer, measured, table)
+
+    def _figures(
+        self, trainer: Trainer, measured: Evaluation, table: LatencyTable | None
+    ) -> dict[str, Any]:
+        """What was measured, costs as fractions of the base network at full precision."""
+        size = trainer.data.image_size
+        own = costs_of(trainer.model, size, table)
+        base = build_dynamic(
+            replace(self.base, seed=trainer.config.seed),
+            trainer.data.classes,
+            trainer.data.channels,
+        )
+        relative = {
+            mine.name: mine.full / theirs.full
+            for mine, theirs in zip(own, costs_of(base, size, table), strict=True)
+        }
+        costs = {"paper": measured.paper_cost, "bitops": measured.bitops}
+        if measured.latency is not None:
+            costs["latency"] = measured.latency
+        return {
+            "accuracy": measured.accuracy,
+            "paper_cost": costs["paper"] * relative["paper"],
+            "bitops": costs["bitops"] * relative["bitops"],
+            "latency": costs["latency"] * relative["latency"] if "latency" in costs else None,
+            "milliseconds_per_image": measured.milliseconds,
+            "widths_used": list(measured.widths_used),
+            "distinct_decisions": measured.distinct_decisions,
+            "validation": trainer.results.get(trainer.stages[-1].name, {}),
+        }
+
+    def _describe(self, entry: Entry) -> dict[str, Any]:
+        return {
+            "method": entry.method,
+            "label": entry.label,
+            "target": entry.target,
+            "seed": entry.config.seed,
+            "run": str(self._run_folder(entry).relative_to(self.folder)),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def _run_folder(self, entry: Entry) -> Path:
+        return self.folder / "runs" / entry.run_key
+
+    def _shared_folder(self, config: TrainConfig, count: int) -> Path:
+        return self.folder / "shared" / prefix_key(config, count)
+
+    def _result_path(self, entry: Entry) -> Path:
+        return self.folder / "results" / f"{entry.key}.json"
+
+
+class _Clock:
+    """How long a sweep has to go, by the steps ahead and the time of those it has taken."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._start = time.monotonic()
+        self._done = 0.0
+        self._ahead = 0.0
+        for _, config, first, last in sweep.runs_ahead():
+            data = sweep.data(config.seed)
+            stages = stages_of(config)[first:last]
+            self._ahead += sum(s.length(config, data) * s.passes for s in stages)
+
+    def watch(self, entry: Entry, progress: Callable[[SweepProgress], None] | None) -> Any:
+        """What a trainer of an entry is to tell its steps."""
+        passes = {s.name: s.passes for s in stages_of(entry.config)}
+        done = len(self._sweep.results())
+        target = "" if entry.target is None else f", {entry.target:.2%}"
+        label = f"{entry.label}{target}, seed {entry.config.seed}"
+
+        def told(stage: str, step: int, steps: int, measured: dict[str, float]) -> None:
+            self._done += passes.get(stage, 1.0)
+            if progress is None:
+                return
+            elapsed = time.monotonic() - self._start
+            left = max(self._ahead - self._done, 0.0) * elapsed / self._done
+            entries = len(self._sweep.entries)
+            progress(SweepProgress(label, stage, step, steps, measured, done, entries, left))
+
+        return told
+
+
+def _static(config: TrainConfig, *widths: int) -> TrainConfig:
+    return replace(config, recipe="static", static_widths=widths, gate=TrainConfig.gate)
+
+
+def _half_depth(model: str) -> str:
+    """The name of a network of about half the depth.
+
+    Raises:
+        ValueError: there is none that is smaller.
+    """
+    depth = resnet_depth(model)
+    per_stage = (depth - 2) // 6
+    if depth in _HALF_DEPTH:
+        return f"resnet{_HALF_DEPTH[depth]}"
+    if architecture_of(model).pool is None and per_stage > 1:
+        return f"resnet{6 * (per_stage // 2) + 2}"
+    raise ValueError(
+        f"methods: there is no network of half the depth of {model}; leave out shallow8"
+    )
+
+
+def _without(config: TrainConfig, width: int) -> tuple[tuple[int, float], ...]:
+    """The exit checks that concern a width."""
+    return tuple(check for check in config.exit_points if check[0] == width)
