@@ -1,9 +1,10 @@
-"""Compiles the CPU code with csrc/tests into one executable, and runs it.
+"""Compiles the CPU code, the emulated CUDA kernels and csrc/tests into one executable, and runs it.
 
     python -m build_tools.csrc_tests [--sanitize address,undefined | --sanitize thread]
 
 The objects are those of the Python module, file by file with the same flags, but that a sanitizer
-lowers the optimization level.
+lowers the optimization level. ThreadSanitizer gets no CUDA kernels, as it can't follow the fibers
+that these run in.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from build_tools import cuda_emulator
 from build_tools.ninja_file import NinjaFile
 from build_tools.toolchain import (
     CSRC,
@@ -45,18 +47,20 @@ def build_executable(sanitizers: list[str]) -> Path:
     compiler = find_host_compiler()
     if compiler.is_msvc:
         raise BuildError("the C++ tests need GCC or Clang")
+    with_cuda = "thread" not in sanitizers
+    left_out = ("fuzz_",) if with_cuda else ("fuzz_", "cuda_")
     tests = [
         path.relative_to(ROOT)
         for path in sorted((CSRC / "tests").glob("*.cpp"))
-        if not path.name.startswith("fuzz_")
+        if not path.name.startswith(left_out)
     ]
     if not tests:
         raise BuildError(f"no tests in {CSRC / 'tests'}")
     executable = build_directory(sanitizers) / "csrc-tests"
     if not sanitizers:
-        return link_with_library(compiler, tests, executable, ("-O3",), ("-O1",))
+        return link_with_library(compiler, tests, executable, ("-O3",), ("-O1",), (), with_cuda)
     sanitize = (f"-fsanitize={','.join(sanitizers)}", *SANITIZER_FLAGS)
-    return link_with_library(compiler, tests, executable, sanitize, sanitize, sanitize)
+    return link_with_library(compiler, tests, executable, sanitize, sanitize, sanitize, with_cuda)
 
 
 def link_with_library(
@@ -66,8 +70,11 @@ def link_with_library(
     library_flags: tuple[str, ...],
     source_flags: tuple[str, ...],
     link_flags: tuple[str, ...] = (),
+    with_cuda: bool = False,
 ) -> Path:
     """Compiles the CPU code and `sources` into one executable; returns its absolute path.
+
+    `with_cuda`: and the emulated CUDA kernels, for sources that include their headers.
 
     Raises:
         BuildError: the compiler failed.
@@ -78,6 +85,9 @@ def link_with_library(
         for source in library_sources(compiler, library_flags)
     ]
     flags = (*baseline_flags(compiler, source_flags), *include_flags(compiler))
+    if with_cuda:
+        flags = (*flags, *cuda_emulator.FLAGS)
+        objects += cuda_emulator.compile_kernels(ninja, compiler, library_flags)
     objects += [ninja.compile_cpp(compiler, path, flags) for path in sources]
     command = [*compiler.command, *split_environment_flags("LDFLAGS"), "-pthread", *link_flags]
     command += [*(str(path) for path in objects), "-o", str(executable)]

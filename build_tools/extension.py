@@ -35,7 +35,8 @@ def _build_directory() -> Path:
     return Path("build", "native", f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}")
 
 
-def _module_flags(compiler: HostCompiler) -> tuple[str, ...]:
+def module_flags(compiler: HostCompiler) -> tuple[str, ...]:
+    """Flags of the files that hold Python bindings."""
     try:
         import pybind11
     except ImportError as error:
@@ -55,9 +56,10 @@ def _python_library_directory() -> str:
     return str(Path(sys.base_prefix, "libs"))
 
 
-def _link_module(
+def link_module(
     ninja: NinjaFile, compiler: HostCompiler, output: Path, objects: Sequence[Path]
 ) -> Path:
+    """Adds a Python module made of `objects`; returns `output`."""
     names = [str(path) for path in objects]
     if compiler.is_msvc:
         command = [*compiler.command, "/nologo", "/LD", *names, "/link", f"/OUT:{output}"]
@@ -81,8 +83,8 @@ def _add_cpu_module(ninja: NinjaFile, compiler: HostCompiler, output: Path) -> N
         module = Path("csrc", "python", name)
         if not (ROOT / module).is_file():
             raise BuildError(f"{module} is missing")
-        objects.append(ninja.compile_cpp(compiler, module, _module_flags(compiler)))
-    _link_module(ninja, compiler, output, objects)
+        objects.append(ninja.compile_cpp(compiler, module, module_flags(compiler)))
+    link_module(ninja, compiler, output, objects)
 
 
 def _add_cuda_module(
@@ -93,11 +95,12 @@ def _add_cuda_module(
         ninja.compile_cuda(cuda.nvcc, path.relative_to(ROOT), flags)
         for path in sorted((CSRC / "cuda").glob("*.cu"))
     ]
-    module_flags = list(_module_flags(compiler))
+    flags_of_module = list(module_flags(compiler))
     define = "/D" if compiler.is_msvc else "-D"
-    module_flags.append(f'{define}DFS_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')
+    flags_of_module.append("-Icsrc/cuda")
+    flags_of_module.append(f'{define}DFS_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')
     module = Path("csrc", "python", "cuda_module.cpp")
-    objects.append(ninja.compile_cpp(compiler, module, module_flags))
+    objects.append(ninja.compile_cpp(compiler, module, flags_of_module))
 
     command = [cuda.nvcc, *cuda.host_flags, "-shared", "-cudart", "static"]
     if sys.platform == "win32":

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from dfs_kernels import backends
 from dfs_kernels.arguments import infer_options, only_entry, widths_of
-from dfs_kernels.backends import cpu
+from dfs_kernels.backends import cpu, native
 from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
@@ -128,7 +128,7 @@ def rnn_gate(
     if state is not None and not _is_ready(state, torch.float64, (2, batch, hidden)):
         return None
     out = GateStep.empty(bias, batch, len(widths), hidden)
-    args = cpu.gate_arguments(features, weights, widths, state, out)
+    args = native.gate_args(_cpu, features, weights, widths, state, out)
     return out if _cpu.try_rnn_gate(args, torch.get_num_threads()) else None
 
 

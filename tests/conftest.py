@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from bench.gpu.device import is_rehearsal, lost_reason, machine, missing_reason
+from build_tools import cuda_emulator
+from build_tools.toolchain import BuildError
 
 # Derandomized: a run draws the same examples every time, and prints how to reproduce a failure.
 settings.register_profile(
@@ -28,6 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # on CPU tensors: tests that need a GPU have a run of their own, ``pytest -m gpu``.
     if is_rehearsal() or config.option.markexpr != "gpu" or not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        emulate_cuda()
+
+
+def emulate_cuda() -> None:
+    """Have the CUDA kernels run on CPU tensors too: looked at when their backend is imported."""
+    if "DFS_CUDA_EMULATOR" in os.environ:
+        return
+    try:
+        os.environ["DFS_CUDA_EMULATOR"] = str(cuda_emulator.build_module())
+    except BuildError as error:
+        warnings.warn(f"the CUDA kernels are not tested: {error}", RuntimeWarning, stacklevel=1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

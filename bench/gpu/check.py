@@ -75,7 +75,13 @@ class Context:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """This process's, without what would change the tests, and with the repository's root."""
-        dropped = ("TRITON_INTERPRET", "DFS_GPU_REHEARSAL", "DFS_DEBUG", "DFS_TEST_TRITON")
+        dropped = (
+            "TRITON_INTERPRET",
+            "DFS_CUDA_EMULATOR",
+            "DFS_GPU_REHEARSAL",
+            "DFS_DEBUG",
+            "DFS_TEST_TRITON",
+        )
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         # Each of the test processes would start as many compilers as there are cores.
         fixed = {"PYTHONUNBUFFERED": "1", "COLUMNS": "300", "TORCHINDUCTOR_COMPILE_THREADS": "1"}

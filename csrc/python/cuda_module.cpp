@@ -1,14 +1,31 @@
+// The CUDA kernels for Python. With DFS_CUDA_EMULATED it is the module of the tests, whose kernels
+// run in the emulator on memory of the CPU.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
 
+#include "cuda_operations.h"
+#include "structs.h"
+
+#if defined(DFS_CUDA_EMULATED)
+#define DFS_MODULE _cuda_emulated
+#include "emulator/emulator.h"
+#else
+#define DFS_MODULE _cuda
 #include "dfs/cuda_probe.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
+using namespace dfs_python;
+using dfs::cuda::Stream;
+
+Stream stream_of(Address address) { return pointer<void>(address); }
+
+#if !defined(DFS_CUDA_EMULATED)
 py::dict describe(const dfs::CudaDevice& device) {
   py::dict result;
   result["name"] = device.name;
@@ -45,14 +62,101 @@ py::tuple architectures() {
   return py::tuple(names);
 }
 
+void bind_probe(py::module_& module) {
+  module.def(
+      "probe", &probe,
+      "What the CUDA runtime sees, as a dict: device_count, devices (name, "
+      "compute_capability, total_memory in bytes, runs: whether a kernel of this module ran "
+      "there, binary_version), driver_version, runtime_version, and error where something is "
+      "missing.");
+  module.def("architectures", &architectures,
+             "The GPU architectures compiled in: sm_* machine code, compute_* PTX.");
+  module.def("set_device", &dfs::cuda::set_device, py::arg("index"),
+             "Makes a device current in this module's own copy of the CUDA runtime.");
+}
+#endif
+
+void bind_packing(py::module_& module) {
+  using namespace py::literals;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def(
+      "pack_bits",
+      [](Address codes, int64_t rows, int64_t channels, int32_t bits, Address out, Address stream) {
+        dfs::cuda::pack_bits(pointer<const uint8_t>(codes), rows, channels, bits,
+                             pointer<uint8_t>(out), stream_of(stream));
+      },
+      "codes"_a, "rows"_a, "channels"_a, "bits"_a, "out"_a, "stream"_a, Unlocked());
+  module.def(
+      "unpack_bits",
+      [](Address packed, int64_t rows, int64_t channels, int32_t bits, bool is_signed, Address out,
+         Address stream) {
+        dfs::cuda::unpack_bits(pointer<const uint8_t>(packed), rows, channels, bits, is_signed,
+                               pointer<uint8_t>(out), stream_of(stream));
+      },
+      "packed"_a, "rows"_a, "channels"_a, "bits"_a, "signed"_a, "out"_a, "stream"_a, Unlocked());
+  module.def(
+      "quantize_pack",
+      [](const dfs::FeatureMap& src, const dfs::FeatureMap& dst, int64_t batch, Address stream) {
+        dfs::cuda::quantize_pack(src, dst, batch, stream_of(stream));
+      },
+      "src"_a, "dst"_a, "batch"_a, "stream"_a, Unlocked());
+  module.def(
+      "unpack_dequantize",
+      [](const dfs::FeatureMap& src, const dfs::FeatureMap& dst, int64_t batch, Address stream) {
+        dfs::cuda::unpack_dequantize(src, dst, batch, stream_of(stream));
+      },
+      "src"_a, "dst"_a, "batch"_a, "stream"_a, Unlocked());
+}
+
+void bind_convolution(py::module_& module) {
+  using namespace py::literals;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def(
+      "quantize_weight",
+      [](Address weight, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
+         int64_t group_channels, Address scale, int32_t bits, bool centred, Address out,
+         Address stream) {
+        dfs::cuda::quantize_weight(pointer<const float>(weight), out_channels, kernel_h, kernel_w,
+                                   group_channels, pointer<const float>(scale), bits, centred,
+                                   pointer<uint8_t>(out), stream_of(stream));
+      },
+      "weight"_a, "out_channels"_a, "kernel_h"_a, "kernel_w"_a, "group_channels"_a, "scale"_a,
+      "bits"_a, "centred"_a, "out"_a, "stream"_a, Unlocked());
+  module.def("tile_bytes", &dfs::cuda::tile_bytes, "geometry"_a, "bits"_a, "centred"_a);
+  module.def(
+      "retile_weight",
+      [](const dfs::ConvGeometry& geometry, Address canonical, int32_t bits, bool centred,
+         Address out, Address stream) {
+        dfs::cuda::retile_weight(geometry, pointer<const void>(canonical), bits, centred,
+                                 pointer<void>(out), stream_of(stream));
+      },
+      "geometry"_a, "canonical"_a, "bits"_a, "centred"_a, "out"_a, "stream"_a, Unlocked());
+  module.def(
+      "mixed_conv2d",
+      [](const dfs::MixedConv2dArgs& args, Address stream) {
+        dfs::cuda::mixed_conv2d(args, stream_of(stream));
+      },
+      "args"_a, "stream"_a, Unlocked());
+  module.def(
+      "rnn_gate",
+      [](const dfs::RnnGateArgs& args, Address stream) {
+        dfs::cuda::rnn_gate(args, stream_of(stream));
+      },
+      "args"_a, "stream"_a, Unlocked());
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of dfs_kernels; importing it needs neither a driver nor a GPU.";
-  m.def("probe", &probe,
-        "What the CUDA runtime sees, as a dict: device_count, devices (name, compute_capability, "
-        "total_memory in bytes, runs: whether a kernel of this module ran there, binary_version), "
-        "driver_version, runtime_version, and error where something is missing.");
-  m.def("architectures", &architectures,
-        "The GPU architectures compiled in: sm_* machine code, compute_* PTX.");
+PYBIND11_MODULE(DFS_MODULE, module) {
+  module.doc() = "CUDA kernels of dfs_kernels; importing it needs neither a driver nor a GPU.";
+  module.attr("tile_version") = dfs::cuda::kTileVersion;
+#if defined(DFS_CUDA_EMULATED)
+  module.def("take_launches", &dfs::cuda::emulator::take_launches,
+             "Names of the kernels that were run since the last call.");
+#else
+  bind_probe(module);
+#endif
+  bind_structs(module);
+  bind_packing(module);
+  bind_convolution(module);
 }

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfs_kernels.backends import reference
+from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
-from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
+from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight, Quantizer, WeightLayout
+from dfs_kernels.packing import PackedActivation, PackedConvWeight, WeightLayout
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
@@ -108,16 +108,16 @@ def has_slow_backward() -> bool:
 
 
 def tile_bytes(geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]) -> int:
-    return _tile_offsets(_geometry(geometry), options, centred)[-1]
+    return _tile_offsets(native.geometry(_cpu, geometry), options, centred)[-1]
 
 
 def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry) -> Tensor:
-    native = _geometry(geometry)
-    offsets = _tile_offsets(native, weight.bit_options, weight.centred)
+    shape = native.geometry(_cpu, geometry)
+    offsets = _tile_offsets(shape, weight.bit_options, weight.centred)
     # Zeros, so that the gaps between the widths are the same every time.
     tiles = torch.zeros(offsets[-1], dtype=torch.uint8)
     for i, bits in enumerate(weight.bit_options):
-        _retile(native, weight.packed(bits), bits, weight.centred[i], tiles[offsets[i] :])
+        _retile(shape, weight.packed(bits), bits, weight.centred[i], tiles[offsets[i] :])
     return tiles
 
 
@@ -125,28 +125,15 @@ def native_parts(
     geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool], tiles: Tensor
 ) -> tuple[Any, Any]:
     """A geometry, and a weight without its steps, as the compiled module takes them."""
-    native = _geometry(geometry)
-    offsets = _tile_offsets(native, options, centred)
-    return native, _native_weight(options, centred, tiles, offsets)
+    shape = native.geometry(_cpu, geometry)
+    offsets = _tile_offsets(shape, options, centred)
+    return shape, _native_weight(options, centred, tiles, offsets)
 
 
 def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation) -> None:
-    geometry = _geometry(call.geometry)
-    args = _cpu.MixedConv2dArgs()
-    args.batch = call.batch
-    args.bits = call.bits.data_ptr()
-    args.geometry = geometry
-    args.input = _feature_map(call.input)
-    if call.input_quantizer is not None:
-        args.input_quantizer = _quantizer(call.input_quantizer)
+    geometry = native.geometry(_cpu, call.geometry)
     weight, tiles = _tiled_weight(call, geometry)
-    args.weight = weight
-    args.bias, args.mul, args.add = _pointer(call.bias), _pointer(call.mul), _pointer(call.add)
-    if call.residual is not None:
-        args.has_residual = True
-        args.residual = _feature_map(call.residual)
-    args.relu = call.relu
-    args.output = _feature_map(out)
+    args = native.mixed_conv2d_args(_cpu, call, geometry, weight, out)
     _cpu.mixed_conv2d(args, _threads())
     del tiles
 
@@ -172,102 +159,43 @@ def mixed_conv2d_backward(
     args = _cpu.MixedConv2dBackwardArgs()
     args.batch = call.batch
     args.bits = call.bits.data_ptr()
-    args.geometry = _geometry(call.geometry)
+    args.geometry = native.geometry(_cpu, call.geometry)
     args.widths = list(weight.options)
     args.centred = list(weight.centred)
     args.input = _feature_map(x)
     if call.input_quantizer is not None:
-        args.input_quantizer = _quantizer(call.input_quantizer)
+        args.input_quantizer = native.quantizer(_cpu, call.input_quantizer)
     args.weight = values.data_ptr()
-    args.weight_scale = _pointer(weight.scale)
-    args.mul, args.bias = _pointer(call.mul), _pointer(call.bias)
+    args.weight_scale = native.pointer(weight.scale)
+    args.mul, args.bias = native.pointer(call.mul), native.pointer(call.bias)
     args.grad_output = _feature_map(grad_output)
-    args.grad_input = _pointer(gradients.input)
-    args.grad_weight = _pointer(gradients.weight)
-    args.grad_input_scale = _pointer(gradients.input_scale)
-    args.grad_weight_scale = _pointer(gradients.weight_scale)
-    args.grad_mul = _pointer(gradients.mul)
-    args.grad_add = _pointer(gradients.add)
+    args.grad_input = native.pointer(gradients.input)
+    args.grad_weight = native.pointer(gradients.weight)
+    args.grad_input_scale = native.pointer(gradients.input_scale)
+    args.grad_weight_scale = native.pointer(gradients.weight_scale)
+    args.grad_mul = native.pointer(gradients.mul)
+    args.grad_add = native.pointer(gradients.add)
     _cpu.mixed_conv2d_backward(args, _threads())
     return gradients
 
 
 def rnn_gate(call: GateCall, out: GateStep) -> None:
     weights = [value.contiguous() for value in call.weights]
-    args = gate_arguments(_feature_map(call.input), weights, call.choices, call.state, out)
+    features = _feature_map(call.input)
+    args = native.gate_args(_cpu, features, weights, call.choices, call.state, out)
     _cpu.rnn_gate(args, _threads())
 
 
-def gate_arguments(
-    features: Any,
-    weights: Sequence[Tensor],
-    choices: tuple[int, ...],
-    state: Tensor | None,
-    out: GateStep,
-) -> Any:
-    """A gate's call as the compiled module takes it; every tensor is contiguous."""
-    return _cpu.RnnGateArgs(
-        batch=out.bits.shape[0],
-        input=features,
-        hidden=out.state.shape[2],
-        choices=choices,
-        state=_pointer(state),
-        out_bits=out.bits.data_ptr(),
-        out_logits=out.logits.data_ptr(),
-        out_state=out.state.data_ptr(),
-        **{
-            name: value.data_ptr()
-            for name, value in zip(RNNGateWeights._fields, weights, strict=True)
-        },
-    )
+def _feature_map(x: Tensor | PackedActivation) -> Any:
+    return native.feature_map(_cpu, x)
 
 
 def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _quantizer(quantizer: Quantizer) -> Any:
-    native = _cpu.Quantizer()
-    native.widths = list(quantizer.options)
-    native.scale = quantizer.scale.data_ptr()
-    native.zero_point = quantizer.zero_point.data_ptr()
-    return native
-
-
-def _feature_map(x: Tensor | PackedActivation) -> Any:
-    _, channels, height, width = x.shape
-    if isinstance(x, Tensor):
-        return _cpu.FeatureMap.of_values(x.data_ptr(), channels, height, width, x.stride())
-    return _cpu.FeatureMap.of_codes(
-        x.data.data_ptr(),
-        channels,
-        height,
-        width,
-        x.data.shape[1],
-        x.bits.data_ptr(),
-        x.bit_options,
-        x.scale.data_ptr(),
-        x.zero_point.data_ptr(),
-    )
-
-
-def _geometry(geometry: ConvGeometry) -> Any:
-    native = _cpu.ConvGeometry()
-    for name, value in geometry.fields().items():
-        setattr(native, name, value)
-    return native
-
-
 def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:
-    offsets = [0]
-    for bits, is_centred in zip(options, centred, strict=True):
-        end = offsets[-1] + _cpu.tile_bytes(geometry, bits, is_centred)
-        offsets.append(-(-end // _TILE_ALIGNMENT) * _TILE_ALIGNMENT)
-    return offsets
+    return native.tile_offsets(_cpu, geometry, options, centred, _TILE_ALIGNMENT)
 
 
 def _retile(geometry: Any, canonical: Tensor, bits: int, centred: bool, out: Tensor) -> None:
@@ -281,19 +209,16 @@ def _tiled_weight(call: ConvCall, geometry: Any) -> tuple[Any, Tensor]:
     offsets = _tile_offsets(geometry, weight.options, weight.centred)
     if tiles is None:
         tiles = _make_tiles(weight, geometry, offsets, set(call.bits.tolist()))
-    native = _native_weight(weight.options, weight.centred, tiles, offsets)
-    native.scale = _pointer(weight.scale)
-    return native, tiles
+    tiled = _native_weight(weight.options, weight.centred, tiles, offsets)
+    tiled.scale = native.pointer(weight.scale)
+    return tiled, tiles
 
 
 def _native_weight(
     options: Sequence[int], centred: Sequence[bool], tiles: Tensor, offsets: Sequence[int]
 ) -> Any:
-    native = _cpu.ConvWeight()
-    native.widths = list(options)
-    native.centred = list(centred)
-    native.tiles = [tiles.data_ptr() + offset for offset in offsets[:-1]]
-    return native
+    addresses = [tiles.data_ptr() + offset for offset in offsets[:-1]]
+    return native.weight(_cpu, options, centred, addresses)
 
 
 def _make_tiles(

@@ -1,0 +1,246 @@
+"""What only the CUDA backend has. Its kernels run in the emulator here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfs_kernels import (
+    GateStep,
+    PackedActivation,
+    PackedConvWeight,
+    available_backends,
+    mixed_conv2d,
+    mixed_conv2d_,
+    quantize_pack,
+    rnn_gate,
+)
+from dfs_kernels.backends import cuda
+from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.packing import row_bytes
+from tests.kernels.cases import ConvCase, assert_matches_reference, build, run, sample_bits, subset
+from tests.kernels.test_gate import gate_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+
+emulated = pytest.mark.skipif(
+    "cuda" not in available_backends(), reason="the CUDA kernels were not built for the emulator"
+)
+
+
+@emulated
+@pytest.mark.parametrize("input_form", ["contiguous", "channels_last", "packed", "requantized"])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride", "size"),
+    [
+        (16, 16, 3, 1, (18, 16)),  # two taps to a step at 8 bits, a half step at 2 bits
+        (32, 32, 3, 1, (9, 8)),
+        (64, 64, 3, 1, (8, 8)),
+        (64, 16, 1, 2, (9, 9)),  # only every second pixel is staged
+        (16, 24, 3, 2, (13, 12)),
+        (136, 40, 3, 1, (6, 5)),  # three slices at 8 bits, two at 4, and a whole one at 2
+        (272, 72, 1, 1, (5, 5)),  # two blocks of outputs
+        (20, 16, 5, 1, (9, 40)),  # rows of 10 and 5 bytes
+        (136, 24, 3, 1, (9, 20)),  # slices, and blocks of several warps
+        (64, 64, 3, 1, (3, 150)),  # tiles beside each other
+    ],
+)
+def test_layers_of_the_tensor_core_kernel(
+    channels: int, outputs: int, kernel: int, stride: int, size: tuple[int, int], input_form: str
+) -> None:
+    case = ConvCase(
+        bits=(2, 8, 0, 4),
+        options=(2, 4, 8),
+        centred=(True, False, False),
+        group_channels=channels,
+        group_outputs=outputs,
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        padding=(kernel // 2,) * 4,
+        size=size,
+        input_form=input_form,
+        residual_form="packed",
+        output_form="fixed",
+        relu=True,
+    )
+    assert _takes_tensor_cores(case.geometry)
+    assert_matches_reference(build(case), "cuda")
+
+
+def _takes_tensor_cores(geometry: ConvGeometry) -> bool:
+    return all(cuda.tile_bytes(geometry, (b,), (b == 2,)) > 0 for b in (2, 4, 8))
+
+
+@emulated
+@pytest.mark.parametrize("centred", [False, True])
+def test_what_the_general_kernel_takes_has_no_tiles(centred: bool) -> None:
+    grouped = ConvGeometry(8, 8, 3, 3, groups=2)
+    assert cuda.tile_bytes(grouped, (2, 4, 8, 32), (centred,) * 4) == 0
+    plain = ConvGeometry(8, 8, 3, 3)
+    assert (cuda.tile_bytes(plain, (8,), (centred,)) == 0) == centred
+    assert cuda.tile_bytes(ConvGeometry(8, 8, 40, 40), (8,), (False,)) == 0
+
+
+@emulated
+def test_results_do_not_depend_on_how_samples_are_divided() -> None:
+    """Few samples are divided into smaller tiles than many."""
+    case = ConvCase(bits=(4, 2, 8) * 40, group_channels=16, group_outputs=8, size=(24, 11))
+    built = build(case)
+    whole = run(built, "cuda").out
+    for n in (0, 1, 59):
+        alone = run(subset(built, [n]), "cuda").out
+        assert torch.equal(sample_bits(alone, 0), sample_bits(whole, n))
+
+
+@emulated
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("output_form", ["float", "fixed"])
+def test_an_unknown_width_fills_its_sample(groups: int, output_form: str) -> None:
+    """Nothing can be raised on a GPU without waiting for it."""
+    case = ConvCase(
+        bits=(8, 2, 4), groups=groups, group_channels=8, group_outputs=2, output_form=output_form
+    )
+    built = build(case)
+    good = run(built, "cuda").out
+    bits = built.bits.clone()
+    bits[1] = 5
+    bad = run(replace(built, bits=bits), "cuda").out
+    for n in (0, 2):
+        assert torch.equal(sample_bits(bad, n), sample_bits(good, n))
+    if isinstance(bad, PackedActivation):
+        assert bool((bad.data[1] == 0xFF).all())
+    else:
+        assert bool(bad[1].isnan().all())
+
+
+@emulated
+def test_codes_of_another_width_than_the_samples_fill_it() -> None:
+    built = build(ConvCase(bits=(8, 2, 4), input_form="packed", group_channels=8))
+    bits = built.bits.clone()
+    bits[1] = 8
+    out = run(replace(built, bits=bits), "cuda").out
+    assert isinstance(out, torch.Tensor)
+    assert bool(out[1].isnan().all())
+    assert not bool(out[[0, 2]].isnan().any())
+
+
+@emulated
+def test_quantize_pack_fills_an_unknown_width() -> None:
+    bits = torch.tensor([8, 3, 0, 2], dtype=torch.int32)
+    data = torch.full((4, row_bytes((2, 8), 5, 3, 4)), 0x5A, dtype=torch.uint8)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    packed = PackedActivation(data, bits, torch.ones(2), zeros, (2, 8), 5, 3, 4)
+    cuda.quantize_pack(torch.randn(4, 5, 3, 4), packed)
+    assert bool((packed.data[1] == 0xFF).all())
+    assert bool((packed.data[2] == 0x5A).all())
+    assert bool(cuda.unpack_dequantize(packed)[1].isnan().all())
+
+
+@emulated
+def test_a_gated_block_is_three_launches() -> None:
+    """Two convolutions and the gate of the next block, on the 8-bit stream in place."""
+    options, channels = (2, 4, 8), 16
+    scales = {b: 0.02 * 2 ** (8 - b) for b in options}
+    weights = [
+        PackedConvWeight.from_float(
+            torch.randn(channels, channels, 3, 3),
+            {b: torch.full((channels,), 4.0 / 2**b) for b in options},
+            options,
+        )
+        for _ in range(2)
+    ]
+    gate = gate_weights(channels)
+    images = torch.rand(5, channels, 8, 8) * 3
+    bits = torch.tensor([8, 0, 2, 4, 8], dtype=torch.int32)
+
+    def run_block(backend: str) -> tuple[PackedActivation, GateStep]:
+        stream = quantize_pack(images, 8, 0.013, backend=backend)
+        if backend == "cuda":
+            cuda._cuda.take_launches()
+        middle = mixed_conv2d(
+            stream, weights[0], bits, scales, padding=1, activation="relu", output_scale=scales,
+            backend=backend,
+        )  # fmt: skip
+        mixed_conv2d_(
+            middle, weights[1], bits, padding=1, residual=stream, activation="relu", backend=backend
+        )
+        return stream, rnn_gate(stream, gate, (0, 2, 4, 8), backend=backend)
+
+    run_block("cuda")  # makes the tiles, which are kept
+    stream, step = run_block("cuda")
+    assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
+    expected_stream, expected_step = run_block("reference")
+    assert torch.equal(stream.data, expected_stream.data)
+    assert torch.equal(step.bits, expected_step.bits)
+
+
+@emulated
+def test_tiles_are_those_of_the_same_codes() -> None:
+    """A packed weight's tiles, made once, and those made within a call of a float weight."""
+    weight = torch.randn(24, 40, 3, 3)
+    options = (2, 4, 8)
+    packed = PackedConvWeight.from_float(weight, {b: torch.full((24,), 0.1) for b in options})
+    geometry = ConvGeometry(40, 24, 3, 3)
+    tiles = cuda.retile_weight(packed, geometry)
+    assert tiles.numel() == cuda.tile_bytes(geometry, packed.bit_options, packed.centred)
+    assert torch.equal(tiles, cuda.retile_weight(packed, geometry))
+
+
+# Where there is no GPU
+
+
+def run_python(code: str, **variables: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "DFS_CUDA_EMULATOR"}
+    environment = {**kept, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+PRINT_REASON = "from dfs_kernels.backends import cuda; print(cuda.unavailable_reason())"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_says_so() -> None:
+    reason = run_python(PRINT_REASON)
+    assert "CUDA" in reason
+    assert reason != "None"
+
+
+def test_an_emulator_that_is_not_there_is_named() -> None:
+    reason = run_python(PRINT_REASON, DFS_CUDA_EMULATOR="/nowhere/module.so")
+    assert "/nowhere/module.so" in reason
+
+
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_EMULATOR", "")
+    monkeypatch.setattr(cuda, "_IMPORT_ERROR", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [(7, 5), (6, 1)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+    reason = cuda.unavailable_reason()
+    assert reason is not None
+    assert "7.5" in reason
+    assert "8.0" in reason
+    found[1] = (8, 0)
+    assert cuda.unavailable_reason() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_refused_launch_is_raised_by_name() -> None:
+    native = pytest.importorskip("dfs_kernels._cuda")
+    codes = torch.zeros(4, 16, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"CUDA kernel pack_bits failed: cuda\w+: "):
+        native.pack_bits(codes.data_ptr(), 4, 16, 4, codes.data_ptr(), 0)
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice\(0\) failed"):
+        native.set_device(0)
