@@ -44,7 +44,10 @@ class Cascade:
     @torch.no_grad()
     def run(self, images: Tensor) -> CascadeOutput:
         """Classify images (N, C, H, W)."""
-        logits = self.model.eval()(images, self.low)
+        # Not at every call: it packs the weights anew.
+        if self.model.training:
+            self.model.eval()
+        logits = self.model(images, self.low)
         again = confidence(logits) < self.threshold
         if bool(again.any()):
             logits[again] = self.model(images[again], self.high)
