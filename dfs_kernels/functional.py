@@ -184,7 +184,8 @@ def mixed_conv2d(
     convolution; at 0 bits nothing is computed, and its result is 0 or its residual, untouched.
     Then, in this order: times ``mul`` plus ``add``, plus ``residual``, ``activation``,
     requantization. Differentiable with respect to the float tensors unless the input or the output
-    is packed.
+    is packed. On a GPU nothing waits for the host if per-width values are tensors there: numbers
+    and dicts of numbers are copied from the host, which waits and can't be captured in a graph.
 
     Args:
         input: floating (N, C, H, W), or packed. A packed input's codes are used as they are, at

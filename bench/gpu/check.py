@@ -197,7 +197,8 @@ def _check_benchmarks(
 
 
 def _timed(context: Context, deadline: float, **changes: str) -> Result:
-    tests, problem = _collect(context, list(_BENCH), context.bench_keyword, deadline)
+    # With the same changes, on which it depends which backends there are.
+    tests, problem = _collect(context, list(_BENCH), context.bench_keyword, deadline, **changes)
     if problem is not None:
         return problem
     found, runs, rest = Outcomes(), [], tests
@@ -411,13 +412,17 @@ def _pytest() -> list[str]:
 
 
 def _collect(
-    context: Context, arguments: Sequence[str], keyword: str | None, deadline: float
+    context: Context,
+    arguments: Sequence[str],
+    keyword: str | None,
+    deadline: float,
+    **changes: str,
 ) -> tuple[list[str], Result | None]:
     """The names of tests, or why they can't be had."""
     command = [*_pytest(), *arguments, "--collect-only", "-q", "--disable-warnings"]
     if keyword is not None:
         command += ["-k", keyword]
-    job = context.run("collect", command, deadline)
+    job = context.run("collect", command, deadline, **changes)
     tests = [line for line in job.log.read_text(errors="replace").splitlines() if ".py::" in line]
     if job.returncode != 0 or not tests:
         return [], _of_process(job, "no tests were found", good=False)

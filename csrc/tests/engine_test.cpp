@@ -524,8 +524,11 @@ DFS_TEST(engine_refuses_parts_that_do_not_fit) {
   CHECK(contains(text, "more gates"), text);
   text = rejection([](dfs::NetworkSpec& spec) { spec.blocks[2].shortcut.clear(); });
   CHECK(contains(text, "without a shortcut"), text);
-  text = rejection([](dfs::NetworkSpec& spec) { spec.blocks.erase(spec.blocks.begin() + 2); });
-  CHECK(!text.empty(), text);
+  text = rejection([](dfs::NetworkSpec& spec) {
+    spec.blocks.erase(spec.blocks.begin() + 2);
+    spec.gates.erase(spec.gates.begin() + 1);
+  });
+  CHECK(contains(text, "takes 16 channels, but gets 8"), text);
   text = rejection([](dfs::NetworkSpec& spec) { spec.choices.clear(); });
   CHECK(contains(text, "no choices"), text);
 }

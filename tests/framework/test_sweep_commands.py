@@ -113,8 +113,9 @@ def test_time_runs_out_with_a_checkpoint_and_contradictions_are_refused(
 def test_the_time_ahead_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["train", "--out", str(tmp_path / "run"), *_TINY]
-    code, _, error = run_dfs([*run, "--max-minutes", "0.05"], monkeypatch, capsys)
+    # So many epochs that no machine is done in the time.
+    run = ["train", "--out", str(tmp_path / "run"), *_TINY, "--set", "float_epochs=9999"]
+    code, _, error = run_dfs([*run, "--max-minutes", "0.2"], monkeypatch, capsys)
     assert code == 3
     assert "Time ahead" in error
     assert "S4 joint" in error

@@ -153,6 +153,8 @@ def test_a_gate_does_not_wait(backend: str, device: torch.device) -> None:
 
 @every_backend
 def test_training_does_not_wait(backend: str, device: torch.device) -> None:
+    if is_rehearsal() and backend == "cuda":
+        pytest.skip("without a GPU its gradients are the reference's")
     arguments = arguments_on(device, case_of(("contiguous", "float", "float"), packed_weight=False))
     training_step(arguments, backend)
     with no_synchronization(backend):
