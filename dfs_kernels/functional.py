@@ -17,6 +17,14 @@ from dfs_kernels.arguments import (
     quantizer_of,
     widths_of,
 )
+from dfs_kernels.block import (
+    BlockConv,
+    BlockOutput,
+    Stream,
+    check_block,
+    flatten_convolutions,
+    stored_bits,
+)
 from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, IntPair
 from dfs_kernels.packing import (
@@ -346,10 +354,7 @@ def mixed_conv2d_(
         raise TypeError("residual must be a tensor or a PackedActivation, got None")
     if isinstance(residual, Tensor) and residual.dtype != torch.float32:
         raise TypeError(f"residual must be float32 to be added into, got {residual.dtype}")
-    if isinstance(residual, Tensor) and any(
-        stride == 0 and size > 1
-        for stride, size in zip(residual.stride(), residual.shape, strict=True)
-    ):
+    if isinstance(residual, Tensor) and _is_expanded(residual):
         raise ValueError("residual must not be expanded to be added into: its values share memory")
     call = _Prepared(
         input,
@@ -587,22 +592,11 @@ def rnn_gate(
         step = direct.rnn_gate(input, weights, choices, state, backend)
         if step is not None:
             return step
-    widths = check_choices(choices)
     packed = input if isinstance(input, PackedActivation) else None
     if packed is None:
         _check_image(input, "input")
     batch, channels, height, width = input.shape
-    weights.check(channels, len(widths), input.device)
-    if state is not None:
-        _check_tensor(state, "state")
-        expected = (2, batch, weights.hidden)
-        if tuple(state.shape) != expected or state.dtype != torch.float64:
-            raise ValueError(
-                f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
-            )
-        if state.device != input.device:
-            raise ValueError(f"state is on {state.device}, but the input is on {input.device}")
-        state = state.detach().contiguous()
+    widths, state = _check_gate(weights, choices, state, batch, channels, input.device)
     options = packed.bit_options if packed else ()
     name = backends.select_name("rnn_gate", backend, input.device, options)
     values = packed.data if packed else input.detach().to(torch.float32)  # type: ignore[union-attr]
@@ -621,6 +615,173 @@ def rnn_gate(
         backend=name,
     )
     return GateStep(*found)
+
+
+def _check_gate(
+    weights: RNNGateWeights,
+    choices: Sequence[int],
+    state: Tensor | None,
+    batch: int,
+    channels: int,
+    device: torch.device,
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """The choices and the state of a gate that sees so many channels, as the ops take them."""
+    widths = check_choices(choices)
+    weights.check(channels, len(widths), device)
+    if state is None:
+        return widths, None
+    _check_tensor(state, "state")
+    expected = (2, batch, weights.hidden)
+    if tuple(state.shape) != expected or state.dtype != torch.float64:
+        raise ValueError(
+            f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
+        )
+    if state.device != device:
+        raise ValueError(f"state is on {state.device}, but the input is on {device}")
+    return widths, state.detach().contiguous()
+
+
+def gated_block(
+    stream: Stream,
+    bits: int | Tensor,
+    branch: Sequence[BlockConv],
+    shortcut: BlockConv | None = None,
+    *,
+    shortcut_bits: int | Tensor = 8,
+    output_scale: PerWidth | None = None,
+    output_zero_point: PerWidthInt | None = None,
+    output_bits: int = 8,
+    rectifies_skipped: bool = True,
+    gate: RNNGateWeights | None = None,
+    choices: Sequence[int] = (),
+    state: Tensor | None = None,
+    backend: str | None = None,
+) -> BlockOutput:
+    """A residual block in evaluation, and the width that its gate chooses for the next block.
+
+    ReLU(carried + branch), each sample at its own width: the first convolution quantizes the
+    stream, the others read what the one before them packed at the sample's width, with a ReLU
+    between them; the last adds to what is carried, rectifies and stores. Then :func:`rnn_gate`
+    of what the stream has become. It is what :func:`mixed_conv2d`, :func:`mixed_conv2d_` and
+    :func:`rnn_gate` give one by one, bit for bit, as one op. Not differentiable.
+
+    **Identity block** (no ``shortcut``): the stream is carried and updated in place. A skipped
+    sample's is not touched. **Down-sampling block**: its ``shortcut`` is computed for every sample
+    and carried, and the stream is a new one; that of a skipped sample is the shortcut's, with a
+    ReLU unless ``rectifies_skipped`` says otherwise.
+
+    On a GPU every convolution and the gate are one launch each on the backend "cuda", so three for
+    a basic identity block; convolutions that offer 32 bits too take one more. Nothing waits for the
+    host, and the call can be captured in a CUDA graph if ``bits``, ``shortcut_bits``,
+    ``output_scale`` and ``output_zero_point`` are tensors there, and one call came before it,
+    which re-tiles the weights. The next block's call takes ``step.bits`` and ``step.state`` as they
+    are, so a graph can hold a whole network.
+
+    Args:
+        stream: float32 (N, C, H, W), or packed; contents of an identity block are overwritten.
+        bits: an int, or an integer tensor (N,), of 0 and the widths of ``branch``.
+        branch: two convolutions (a basic block), three (a bottleneck) or more, all of the same
+            widths.
+        shortcut: the convolution around the branch.
+        shortcut_bits: its width, alike.
+        output_scale, output_zero_point: of the packed stream that a block with a shortcut writes,
+            one value each; without them it is float32.
+        output_bits: the width of that stream.
+        rectifies_skipped: see above; matters for a float32 stream only.
+        gate: of the next block, seeing this one's output. None: no decision.
+        choices, state: as in :func:`rnn_gate`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for widths that are no option as
+            :func:`mixed_conv2d`.
+        RuntimeError: the stream requires a gradient and gradients are enabled.
+    """
+    packed = stream if isinstance(stream, PackedActivation) else None
+    values = _stream_values(stream, is_written=shortcut is None)
+    device, (batch, _, height, width) = stream.device, stream.shape
+    shape = check_block(stream.shape, branch, shortcut, device)
+    widths: tuple[int, ...] = ()
+    if gate is None:
+        state = None
+    else:
+        if not isinstance(gate, RNNGateWeights):
+            raise TypeError(f"gate must be RNNGateWeights, got {type(gate).__name__}")
+        widths, state = _check_gate(gate, choices, state, batch, shape[1], device)
+    layers = [*branch, *([] if shortcut is None else [shortcut])]
+    offered = {b for layer in layers for b in layer.weight.bit_options}
+    name = backends.select_name("gated_block", backend, device, sorted(offered))
+    tensors, scalars = flatten_convolutions(layers, name)
+    tensors.update(
+        stream=values,
+        stream_bits=packed.bits if packed else None,
+        stream_scale=packed.scale if packed else None,
+        stream_zero_point=packed.zero_point if packed else None,
+        bits=widths_of(bits, batch, device),
+        gate=[] if gate is None else [value.detach() for value in gate],
+        state=state,
+    )
+    scalars.update(
+        bit_options=branch[0].weight.bit_options,
+        centred=branch[0].weight.centred,
+        stream_options=packed.bit_options if packed else (),
+        in_height=height,
+        in_width=width,
+        choices=widths,
+        backend=name,
+    )
+    if shortcut is None:
+        if output_scale is not None or output_zero_point is not None:
+            raise ValueError("output_scale and output_zero_point need a shortcut")
+        step = torch.ops.dfs.gated_block_(**tensors, **scalars)
+        return BlockOutput(stream, None if gate is None else GateStep(*step))
+    output = None
+    if output_scale is not None:
+        options = check_packable((output_bits,), "output_bits")
+        output = quantizer_of(
+            output_scale, output_zero_point, options, "output_scale", "output_zero_point", device
+        )
+    elif output_zero_point is not None:
+        raise ValueError("output_zero_point needs output_scale")
+    result, *step = torch.ops.dfs.gated_block(
+        **tensors,
+        shortcut_bits=widths_of(shortcut_bits, batch, device),
+        output_scale=output.scale.detach() if output else None,
+        output_zero_point=output.zero_point if output else None,
+        shortcut_options=shortcut.weight.bit_options,
+        shortcut_centred=shortcut.weight.centred,
+        output_options=output.options if output else (),
+        rectifies_skipped=rectifies_skipped,
+        **scalars,
+    )
+    if output is not None:
+        stored = stored_bits(stream, tensors["bits"], output_bits)
+        result = PackedActivation(
+            result, stored, output.scale.detach(), output.zero_point, output.options, *shape[1:]
+        )
+    return BlockOutput(result, None if gate is None else GateStep(*step))
+
+
+def _stream_values(stream: Stream, is_written: bool) -> Tensor:
+    """A stream as the ops take it: a float one that is written has to be float32 as it is."""
+    if isinstance(stream, PackedActivation):
+        return stream.data
+    _check_image(stream, "stream")
+    if stream.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "gated_block is not differentiable, but stream requires a gradient; use torch.no_grad()"
+        )
+    if not is_written:
+        return stream.to(torch.float32)
+    if stream.dtype != torch.float32:
+        raise TypeError(f"stream must be float32 to be added into, got {stream.dtype}")
+    if _is_expanded(stream):
+        raise ValueError("stream must not be expanded to be added into: its values share memory")
+    return stream
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Whether several elements are one place in memory, by a stride of 0."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def warmup(

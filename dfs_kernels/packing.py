@@ -201,6 +201,25 @@ class PackedActivation:
         return replace(self, data=self.data.clone())
 
 
+def new_rows(like: Tensor, shape: Sequence[int], options: Sequence[int]) -> Tensor:
+    """Rows of packed activations (N, C, H, W) to be written, where ``like`` is."""
+    size = row_bytes(options, shape[1], shape[2], shape[3])
+    return like.new_empty((shape[0], size), dtype=torch.uint8)
+
+
+def new_packed(
+    like: Tensor,
+    shape: Sequence[int],
+    bits: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    options: tuple[int, ...],
+) -> PackedActivation:
+    """The same with all that says how they are to be read."""
+    data = new_rows(like, shape, options)
+    return PackedActivation(data, bits, scale, zero_point, options, *shape[1:])
+
+
 @dataclass(frozen=True)
 class WeightLayout:
     """Where each width's codes lie in the one buffer of a packed weight.

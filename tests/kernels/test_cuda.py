@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from dfs_kernels import (
+    BlockConv,
     GateStep,
     PackedActivation,
     PackedConvWeight,
     available_backends,
+    gated_block,
     mixed_conv2d,
     mixed_conv2d_,
     quantize_pack,
@@ -159,10 +161,9 @@ def test_a_gated_block_is_three_launches() -> None:
     images = torch.rand(5, channels, 8, 8) * 3
     bits = torch.tensor([8, 0, 2, 4, 8], dtype=torch.int32)
 
-    def run_block(backend: str) -> tuple[PackedActivation, GateStep]:
+    def run_steps(backend: str) -> tuple[PackedActivation, GateStep]:
         stream = quantize_pack(images, 8, 0.013, backend=backend)
-        if backend == "cuda":
-            cuda._cuda.take_launches()
+        cuda._cuda.take_launches()
         middle = mixed_conv2d(
             stream, weights[0], bits, scales, padding=1, activation="relu", output_scale=scales,
             backend=backend,
@@ -172,12 +173,23 @@ def test_a_gated_block_is_three_launches() -> None:
         )
         return stream, rnn_gate(stream, gate, (0, 2, 4, 8), backend=backend)
 
-    run_block("cuda")  # makes the tiles, which are kept
-    stream, step = run_block("cuda")
-    assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
-    expected_stream, expected_step = run_block("reference")
-    assert torch.equal(stream.data, expected_stream.data)
-    assert torch.equal(step.bits, expected_step.bits)
+    def run_op(backend: str) -> tuple[PackedActivation, GateStep]:
+        branch = [BlockConv.create(weight, scales, padding=1) for weight in weights]
+        stream = quantize_pack(images, 8, 0.013, backend=backend)
+        cuda._cuda.take_launches()
+        _, step = gated_block(
+            stream, bits, branch, gate=gate, choices=(0, 2, 4, 8), backend=backend
+        )
+        assert step is not None
+        return stream, step
+
+    expected_stream, expected_step = run_steps("reference")
+    run_steps("cuda")  # makes the tiles, which are kept
+    for run_block in (run_steps, run_op):
+        stream, step = run_block("cuda")
+        assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
+        assert torch.equal(stream.data, expected_stream.data)
+        assert torch.equal(step.bits, expected_step.bits)
 
 
 @emulated
