@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dfs_kernels.arguments import PerWidth, PerWidthInt, quantizer_of
+from dfs_kernels.backends.measured import ConvProblem
 from dfs_kernels.call import ConvCall, ConvWeight
 from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry, IntPair
@@ -252,6 +253,20 @@ def _after(name: str, conv: BlockConv, shape: Sequence[int]) -> list[int]:
             f"{name} takes {conv.geometry.in_channels} channels, but is given {channels}"
         )
     return [conv.geometry.out_channels, *conv.geometry.output_size(height, width)]
+
+
+def costliest_convolution(
+    shape: tuple[int, ...] | torch.Size, branch: Sequence[BlockConv]
+) -> ConvProblem:
+    """The convolution with the most products, which decides the time of a block."""
+    batch, _, height, width = shape
+    costs = []
+    for conv in branch:
+        after = conv.geometry.output_size(height, width)
+        products = conv.geometry.taps * conv.geometry.out_channels * after[0] * after[1]
+        costs.append((products, ConvProblem(conv.geometry, height, width, batch)))
+        height, width = after
+    return max(costs, key=lambda cost: cost[0])[1]
 
 
 def flatten_convolutions(

@@ -17,11 +17,13 @@ from dfs_kernels.arguments import (
     quantizer_of,
     widths_of,
 )
+from dfs_kernels.backends.measured import ConvProblem
 from dfs_kernels.block import (
     BlockConv,
     BlockOutput,
     Stream,
     check_block,
+    costliest_convolution,
     flatten_convolutions,
     stored_bits,
 )
@@ -495,7 +497,11 @@ class _Prepared:
         added = self._residual(residual, real)
         packed = input if isinstance(input, PackedActivation) else None
         into = residual if isinstance(residual, PackedActivation) else None
-        name = self.select("mixed_conv2d", backend)
+        # Float weights are quantized in every call, which no table knows of.
+        problem = None
+        if isinstance(weight, PackedConvWeight):
+            problem = ConvProblem(geometry, height, width, input.shape[0])
+        name = self.select("mixed_conv2d", backend, problem)
         self.in_double = values.dtype == torch.float64
         if self.in_double and name != "reference":
             if backend is not None:
@@ -537,8 +543,8 @@ class _Prepared:
             **geometry.fields(),
         }
 
-    def select(self, op: str, backend: str | None) -> str:
-        return backends.select_name(op, backend, self.device, self.options)
+    def select(self, op: str, backend: str | None, problem: ConvProblem | None = None) -> str:
+        return backends.select_name(op, backend, self.device, self.options, problem)
 
     def select_backward(self, backend: str | None) -> str:
         if self.in_double:
@@ -709,7 +715,8 @@ def gated_block(
         widths, state = _check_gate(gate, choices, state, batch, shape[1], device)
     layers = [*branch, *([] if shortcut is None else [shortcut])]
     offered = {b for layer in layers for b in layer.weight.bit_options}
-    name = backends.select_name("gated_block", backend, device, sorted(offered))
+    problem = costliest_convolution(stream.shape, branch)
+    name = backends.select_name("gated_block", backend, device, sorted(offered), problem)
     tensors, scalars = flatten_convolutions(layers, name)
     tensors.update(
         stream=values,
