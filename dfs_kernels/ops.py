@@ -28,9 +28,10 @@ from dfs_kernels.packing import (
     PackedConvWeight,
     Quantizer,
     check_scales,
+    new_codes,
     new_packed,
+    new_packed_codes,
     new_rows,
-    packed_bytes,
 )
 
 _GEOMETRY = (
@@ -110,8 +111,7 @@ def pack_bits_op(codes: Tensor, bits: int, *, backend: str) -> Tensor:
 
 @pack_bits_op.register_fake
 def _(codes: Tensor, bits: int, *, backend: str) -> Tensor:
-    size = packed_bytes(codes.shape[-1], bits)
-    return codes.new_empty((*codes.shape[:-1], size), dtype=torch.uint8)
+    return new_packed_codes(codes, bits)
 
 
 @torch.library.custom_op(
@@ -128,8 +128,7 @@ def unpack_bits_op(
 
 @unpack_bits_op.register_fake
 def _(packed: Tensor, bits: int, channels: int, signed: bool, *, backend: str) -> Tensor:
-    dtype = torch.int8 if signed else torch.uint8
-    return packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    return new_codes(packed, channels, signed)
 
 
 @torch.library.custom_op(
