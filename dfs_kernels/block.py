@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dfs_kernels.arguments import PerWidth, PerWidthInt, quantizer_of
+from dfs_kernels.arguments import PerWidth, PerWidthInt, bias_of, quantizer_of
 from dfs_kernels.backends.measured import ConvProblem
 from dfs_kernels.call import ConvCall, ConvWeight
 from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
@@ -81,7 +81,7 @@ class BlockConv:
             return per_width(value, options, name, torch.float32, device, outputs).detach()
 
         if bias is not None:
-            bias = per_width({8: bias}, (8,), "bias", torch.float32, device, outputs)[0].detach()
+            bias = bias_of(bias, weight.shape[0], torch.float32, device).detach()
         return BlockConv(
             weight,
             geometry,
@@ -260,20 +260,36 @@ def costliest_convolution(
 ) -> ConvProblem:
     """The convolution with the most products, which decides the time of a block."""
     batch, _, height, width = shape
-    costs = []
+    costliest, most = ConvProblem(branch[0].geometry, height, width, batch), 0
+    # A loop rather than max() with a key, which torch.compile can't follow.
     for conv in branch:
         after = conv.geometry.output_size(height, width)
         products = conv.geometry.taps * conv.geometry.out_channels * after[0] * after[1]
-        costs.append((products, ConvProblem(conv.geometry, height, width, batch)))
+        if products > most:
+            costliest, most = ConvProblem(conv.geometry, height, width, batch), products
         height, width = after
-    return max(costs, key=lambda cost: cost[0])[1]
+    return costliest
 
 
-def flatten_convolutions(
-    layers: Sequence[BlockConv], backend: str
+def offered_widths(branch: Sequence[BlockConv], shortcut: BlockConv | None) -> list[int]:
+    """Those of all convolutions of a block, ascending."""
+    own = () if shortcut is None else shortcut.weight.bit_options
+    return sorted({*branch[0].weight.bit_options, *own})
+
+
+def flatten_block(
+    stream: Stream, branch: Sequence[BlockConv], shortcut: BlockConv | None, backend: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and scalars of convolutions for the ops: lists with an entry for each of them."""
+    """Tensors and scalars of a block for the ops but for the stream's values.
+
+    Those of its convolutions are lists with an entry for each of them, the shortcut's last.
+    """
+    layers = [*branch, *([] if shortcut is None else [shortcut])]
+    packed = stream if isinstance(stream, PackedActivation) else None
     tensors: dict[str, Any] = {
+        "stream_bits": packed.bits if packed else None,
+        "stream_scale": packed.scale if packed else None,
+        "stream_zero_point": packed.zero_point if packed else None,
         "weight": [layer.weight.buffer for layer in layers],
         "weight_scale": [layer.weight.scales for layer in layers],
         "weight_tiles": [layer.weight.tiles(backend, layer.geometry) for layer in layers],
@@ -284,7 +300,18 @@ def flatten_convolutions(
         "bias": [layer.bias for layer in layers],
     }
     fields = [layer.geometry.fields() for layer in layers]
-    return tensors, {name: [f[name] for f in fields] for name in fields[0]}
+    scalars: dict[str, Any] = {
+        "bit_options": branch[0].weight.bit_options,
+        "centred": branch[0].weight.centred,
+        "stream_options": packed.bit_options if packed else (),
+        "in_height": stream.shape[2],
+        "in_width": stream.shape[3],
+        **{name: [f[name] for f in fields] for name in fields[0]},
+    }
+    if shortcut is not None:
+        scalars["shortcut_options"] = shortcut.weight.bit_options
+        scalars["shortcut_centred"] = shortcut.weight.centred
+    return tensors, scalars
 
 
 def _new_stream(call: BlockCall, shape: tuple[int, int, int, int]) -> Stream:

@@ -524,14 +524,13 @@ _DOWNSAMPLING_SCALARS = (
 )
 
 
-def _block_geometries(a: Any) -> list[ConvGeometry]:
-    columns = (getattr(a, name) for name in _GEOMETRY_FIELDS)
-    return [ConvGeometry(*values) for values in zip(*columns, strict=True)]
+def _block_geometry(a: Any, index: int) -> ConvGeometry:
+    return ConvGeometry(*(getattr(a, name)[index] for name in _GEOMETRY_FIELDS))
 
 
 def _layer_call(a: Any, index: int, options: Sequence[int], centred: Sequence[bool]) -> LayerCall:
     """One convolution of a block: entry ``index`` of the lists that the named arguments hold."""
-    geometry = _block_geometries(a)[index]
+    geometry = _block_geometry(a, index)
     weight, scale, tiles, step, zero_point, mul, add, bias = (
         getattr(a, name)[index] for name in _LAYER_TENSORS
     )
@@ -574,6 +573,8 @@ def _run_block(a: Any, branch: range, **shortcut: Any) -> tuple[Stream, Tensor, 
             layer.quantizer.check_values("input")
         if call.output is not None:
             call.output.check_values("output")
+        if call.shortcut is not None and call.shortcut_bits is not None:
+            check_bits(call.shortcut_bits, call.shortcut.weight.options, "shortcut_bits")
     stream, step = run_block(backends.load(a.backend), call, _check_call)
     return (stream, *(_empty_step(a) if step is None else step))
 
@@ -633,7 +634,7 @@ def gated_block_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tenso
 @gated_block_op.register_fake
 def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = SimpleNamespace(**dict(zip(_DOWNSAMPLING_TENSORS, tensors, strict=True)), **scalars)
-    shortcut = _block_geometries(a)[-1]
+    shortcut = _block_geometry(a, -1)
     size = shortcut.output_size(a.in_height, a.in_width)
     shape = (a.bits.shape[0], shortcut.out_channels, *size)
     if a.output_scale is None:

@@ -99,15 +99,17 @@ def backend_info() -> dict[str, Any]:
         info[name] = {"available": reason is None}
         info[name].update({"reason": reason} if reason else load(name).info())
     info["defaults"] = {device: _override or names[0] for device, names in _DEFAULTS.items()}
-    gpus = range(torch.cuda.device_count())
-    info["choice"] = {f"cuda:{i}": _describe_choice(torch.device("cuda", i)) for i in gpus}
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    info["choice"] = {str(gpu): _describe_choice(gpu) for gpu in gpus} or {"cuda": "no GPU"}
     return info
 
 
 def _describe_choice(device: torch.device) -> str:
     if _override is not None:
         return f"{_override} throughout: it was asked for"
-    return measured.describe(device, _DEFAULTS[device.type][0])
+    order = _DEFAULTS[device.type]
+    usable = [name for name in order if load(name).unavailable_reason() is None]
+    return measured.describe(device, usable)
 
 
 def select_name(

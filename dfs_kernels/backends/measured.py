@@ -170,16 +170,18 @@ def forget() -> None:
     _read.cache_clear()
 
 
-def describe(device: torch.device, first: str) -> str:
-    """For people: what chooses between the backends on a GPU, and why."""
-    name = device_name(device)
+def describe(device: torch.device, usable: Sequence[str]) -> str:
+    """For people: what chooses between the backends that a GPU can use, best first, and why."""
+    name, first = device_name(device), usable[0]
     table = table_for(device)
     if table is None:
         return f"{first} throughout: there is no table of what is faster on {name}"
     choices = [backend for key in table.seconds for _, backend in table.faster(key)]
     counts = ", ".join(f"{b} at {choices.count(b)}" for b in BACKENDS)
-    return (
+    text = (
         f"by {table_path(str(name)).name}: of {len(choices)} convolutions and batches {counts}, "
         f"{first} at all others; measured at commit {table.source['commit']} "
         f"by {table.source['command']!r}"
     )
+    missing = [b for b in BACKENDS if b not in usable]
+    return f"{text}; {missing[0]} can't run here, {first} takes its place" if missing else text

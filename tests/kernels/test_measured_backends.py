@@ -161,6 +161,11 @@ def test_it_is_told_what_chooses_and_why(gpu: Path, monkeypatch: pytest.MonkeyPa
     )
     with use_backend("reference"):
         assert backend_info()["choice"]["cuda:0"] == "reference throughout: it was asked for"
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: "it is not built")
+    ending = "; cuda can't run here, triton takes its place"
+    assert backend_info()["choice"]["cuda:0"].endswith(ending)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert backend_info()["choice"] == {"cuda": "no GPU"}
 
 
 # From the public functions, on CPU tensors in place of a GPU's
