@@ -185,9 +185,9 @@ def run_block(
         check(conv)
         module.mixed_conv2d(conv, out)
 
-    hidden, memory = call.stream, call.bits
+    hidden = call.stream
     for layer, following in pairwise(call.branch):
-        out = _new_codes(memory, layer.output_shape(hidden), call.bits, following.quantizer)
+        out = _new_codes(call.bits, layer.output_shape(hidden), call.bits, following.quantizer)
         convolve(layer.convolution(hidden, call.bits, as_codes=hidden is not call.stream), out)
         hidden = out
     last = call.branch[-1]
@@ -200,8 +200,7 @@ def run_block(
         result.relu_()
     if call.gate is None:
         return BlockOutput(result, None)
-    batch, hidden_units = result.shape[0], call.gate.hidden
-    step = GateStep.empty(memory, batch, len(call.choices), hidden_units)
+    step = GateStep.empty(call.bits, result.shape[0], len(call.choices), call.gate.hidden)
     module.rnn_gate(GateCall(result, call.gate, call.choices, call.state), step)
     return BlockOutput(result, step)
 

@@ -690,7 +690,8 @@ def gated_block(
         output_scale, output_zero_point: of the packed stream that a block with a shortcut writes,
             one value each; without them it is float32.
         output_bits: the width of that stream.
-        rectifies_skipped: see above; matters for a float32 stream only.
+        rectifies_skipped: see above. It is a float32 stream that is rectified: codes with the zero
+            point 0 hold no negatives, those with another keep a skipped sample's.
         gate: of the next block, seeing this one's output. None: no decision.
         choices, state: as in :func:`rnn_gate`.
 

@@ -531,12 +531,17 @@ def _block_geometry(a: Any, index: int) -> ConvGeometry:
 def _layer_call(a: Any, index: int, options: Sequence[int], centred: Sequence[bool]) -> LayerCall:
     """One convolution of a block: entry ``index`` of the lists that the named arguments hold."""
     geometry = _block_geometry(a, index)
-    weight, scale, tiles, step, zero_point, mul, add, bias = (
-        getattr(a, name)[index] for name in _LAYER_TENSORS
+    own = SimpleNamespace(**{name: getattr(a, name)[index] for name in _LAYER_TENSORS})
+    weight = ConvWeight(
+        own.weight,
+        geometry.weight_shape,
+        tuple(options),
+        tuple(centred),
+        own.weight_scale,
+        own.weight_tiles,
     )
-    held = ConvWeight(weight, geometry.weight_shape, tuple(options), tuple(centred), scale, tiles)
-    quantizer = Quantizer(tuple(options), step, zero_point)
-    return LayerCall(held, geometry, quantizer, mul, add, bias)
+    quantizer = Quantizer(tuple(options), own.input_scale, own.input_zero_point)
+    return LayerCall(weight, geometry, quantizer, own.mul, own.add, own.bias)
 
 
 def _block_stream(a: Any) -> Stream:
