@@ -273,8 +273,8 @@ struct DirectMultiply {
       const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
                                may_skip && pads_right && x + pixels == shape->out_width};
       const bool whole = !part.skips_left && !part.skips_right;
-      dot_tile_for<Dword, Vector>(pixels, vectors)(whole ? long_walk : walk, part,
-                                                   row + x * walk.pixel_step, weights, start, sums);
+      const auto tile = dot_tile_for<Dword, Vector>(pixels, vectors, walk.pixel_step);
+      tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, weights, start, sums);
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t channel = (vector + v) * kLanes;
         const Vector* column = sums + v;
