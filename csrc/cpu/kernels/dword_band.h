@@ -80,8 +80,8 @@ inline RowScratch row_scratch(const WindowShape& shape, Arena* arena) {
 // How the rows of one sample are read.
 struct RowSource {
   SampleView input;
-  bool as_stored;         // codes are used as they are
-  ActivationRange range;  // that the codes are made with
+  bool as_stored;           // codes are used as they are
+  ActivationRange range;    // that the codes are made with
   Requantizer requantizer;  // from the codes of the input, if it has others
   RowScratch scratch;
 };

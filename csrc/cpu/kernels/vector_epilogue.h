@@ -122,9 +122,7 @@ struct VectorFinish {
     residual_zero_point = splat(e.residual_range.zero_point);
   }
 
-  Floats load(const void* src) const {
-    return kWhole ? load_floats(src) : load_floats(src, count);
-  }
+  Floats load(const void* src) const { return kWhole ? load_floats(src) : load_floats(src, count); }
 
   // y of one pixel.
   Floats value(Floats sums, const uint8_t* residual) const {
