@@ -37,6 +37,19 @@ class EngineOutput(NamedTuple):
     cost: Tensor
 
 
+class TimedOutput(NamedTuple):
+    """What :meth:`Engine.timed` gives.
+
+    Attributes:
+        block_nanoseconds: float64 (blocks + 2,), the stem first and the classifier last.
+        gate_nanoseconds: float64 (gated blocks,), which the blocks' own do not contain.
+    """
+
+    output: EngineOutput
+    block_nanoseconds: Tensor
+    gate_nanoseconds: Tensor
+
+
 class BlockTime(NamedTuple):
     """One line of a profile: milliseconds for the whole batch.
 
@@ -164,16 +177,22 @@ class Engine:
     def _tilted(self, tilt: float) -> Tensor:
         return tilted_bias(self._tensors["gate.choice_bias"], self.choices, tilt)
 
+    def timed(self, images: Tensor, policy: Policy = None) -> TimedOutput:
+        """A call like any other, on one thread, that takes the time of its parts."""
+        arguments = self._arguments(images, policy)
+        found = self._executor.run(*arguments, self._choice_bias, timed=True)
+        assert found.block_times is not None
+        assert found.gate_times is not None
+        return TimedOutput(_output(found), found.block_times, found.gate_times)
+
     def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
         """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
         if rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
-        arguments = self._arguments(images, policy)
-        bias = self._choice_bias
-        self._executor.run(*arguments, bias)
-        runs = [self._executor.run(*arguments, bias, timed=True) for _ in range(rounds)]
-        blocks = torch.stack([_known(r.block_times) for r in runs]).median(0).values / 1e6
-        gates = torch.stack([_known(r.gate_times) for r in runs]).median(0).values / 1e6
+        self.timed(images, policy)
+        runs = [self.timed(images, policy) for _ in range(rounds)]
+        blocks = torch.stack([r.block_nanoseconds for r in runs]).median(0).values / 1e6
+        gates = torch.stack([r.gate_nanoseconds for r in runs]).median(0).values / 1e6
         total = float(blocks.sum() + gates.sum())
         count = len(self.graph.architecture.blocks)
         names = ["stem", *(f"block {i}" for i in range(count)), "classifier"]
@@ -244,11 +263,6 @@ def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None
 def _output(found: EngineRun) -> EngineOutput:
     share = found.bits.double() / 32
     return EngineOutput(found.logits, found.bits, share.square().mean(1))
-
-
-def _known(times: Tensor | None) -> Tensor:
-    assert times is not None
-    return times
 
 
 def freeze(
