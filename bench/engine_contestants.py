@@ -31,6 +31,8 @@ _GATE_GAIN = 30.0
 # Makes a gate choose one width whatever it sees.
 _FAVOUR = 1e6
 _ROUNDS = {1: 25, 64: 9}
+# Long beside a call at batch 1, whose weights the turns of others drove out of the cache.
+TURN_SECONDS = 20e-3
 _FLOAT_TOLERANCE, _INT8_TOLERANCE = 1e-3, 0.2
 
 
@@ -172,5 +174,7 @@ def measure(depth: int, batch: int, threads: int) -> Measured:
             calls[name] = contestant.prepare(depth, batch, threads)
         except Unavailable as reason:
             missing[name] = str(reason)
-    times = interleave(list(calls.values()), threads=threads, rounds=_ROUNDS[batch])
+    times = interleave(
+        list(calls.values()), threads=threads, rounds=_ROUNDS[batch], turn_seconds=TURN_SECONDS
+    )
     return Measured(dict(zip(calls, times, strict=True)), missing)

@@ -185,9 +185,7 @@ def _onnxruntime(int8: bool) -> Callable[[StaticNetwork, Tensor, int], Call]:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         content = network.int8_file if int8 else network.float_file
-        session = onnxruntime.InferenceSession(
-            content, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         inputs = {"x": images.numpy()}
         return lambda: session.run(None, inputs)[0]
 
