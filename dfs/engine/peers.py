@@ -1,7 +1,7 @@
 """Other ways to run a static network of the same shape, as their users would best call them.
 
-ONNX Runtime and OpenVINO are extras: ``pip install -e '.[peers]'``. Both run the same two files: the
-float32 network, and its static int8 form in QDQ with a step for each output channel.
+ONNX Runtime and OpenVINO are extras: ``pip install -e '.[peers]'``. Both run the same two files:
+the float32 network, and its static int8 form in QDQ with a step for each output channel.
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ from torch import Tensor
 from dfs import Engine, freeze, load_engine
 from dfs.data import Preprocessing
 from dfs.models import PAPER, DynamicResNet
-from dfs.models.architecture import Architecture, bottleneck
-from dfs.nn.shapes import ConvShape, PoolShape
 from dfs_kernels import use_backend
+from tests.framework.engine_networks import lively_network, small_bottlenecks
 
 SIZE = (12, 10)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -35,28 +34,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def bottlenecks() -> Architecture:
-    """Like an ImageNet network, in small: large stem, max pool, grouped and strided bottlenecks."""
-    blocks = (bottleneck(8, 4, 1), bottleneck(16, 4, 1), bottleneck(16, 6, 2), bottleneck(24, 6, 1))
-    return Architecture(ConvShape(3, 8, 5, 2, 2), PoolShape(3, 2, 1), blocks, 7, name="small")
-
-
 def make_model(architecture: Any = 14, **options: Any) -> DynamicResNet:
     """A network in evaluation mode whose decisions differ between images and blocks."""
     torch.manual_seed(5)
-    shape = bottlenecks() if architecture == "bottlenecks" else architecture
-    model = DynamicResNet(shape, 7, 3, **options)
-    for name, parameter in model.named_parameters():
-        if "bn" in name:
-            parameter.data += torch.randn_like(parameter) * 0.2
-        if name.startswith(("gate.embed", "gate.proj")):
-            parameter.data *= 30 if name.endswith("weight") else 0
-        if name == "gate.logits":
-            parameter.data.normal_()
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer += torch.rand_like(buffer) * 0.3
-    return model.eval()
+    shape = small_bottlenecks(3) if architecture == "bottlenecks" else architecture
+    return lively_network(shape, 3, **options)
 
 
 @pytest.fixture(scope="module")
