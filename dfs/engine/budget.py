@@ -7,6 +7,7 @@ so it is measured on some that the network has not been trained on.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -89,9 +90,19 @@ class BudgetCurve:
                 raise ValueError(f"a point of a budget curve must have {sorted(fields)}")
             for name, value in point.items():
                 optional = name == "accuracy" and value is None
-                if not optional and type(value) not in (int, float):
-                    raise ValueError(f"{name} of a budget curve must be a number, got {value!r}")
+                if not optional and not _is_finite_number(value):
+                    raise ValueError(
+                        f"{name} of a budget curve must be a finite number, got {value!s:.20}"
+                    )
         return BudgetCurve(tuple(BudgetPoint(**point) for point in data))
+
+
+def _is_finite_number(value: Any) -> bool:
+    """Whether it is an int or float that float64 can hold."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def tilted_bias(bias: Tensor, choices: Sequence[int], tilt: float) -> Tensor:
