@@ -135,8 +135,8 @@ class Run:
 
     @property
     def threads(self) -> list[int]:
-        everything = (*self.points, *self.outcomes, *self.networks)
-        return sorted({found.threads for found in everything})
+        parts = (self.points, self.outcomes, self.networks)
+        return sorted({found.threads for part in parts for found in part})
 
     def layers(self, threads: int) -> list[tuple[str, int]]:
         """(layer, batch) in the order of the file."""
