@@ -66,19 +66,6 @@ def test_engine_bar(
             verdict = benchmark.pedantic(case.measure, rounds=1, iterations=1)
         except Unavailable as reason:
             pytest.skip(str(reason))
-    info = {
-        "kind": "bar",
-        "bar": case.bar.name,
-        "label": case.bar.label,
-        "layer": case.network,
-        "batch": case.batch,
-        "threads": threads,
-        "ratio": verdict.ratio.median,
-        "low": verdict.ratio.low,
-        "high": verdict.ratio.high,
-        "limit": verdict.limit,
-        "held": verdict.held,
-        **verdict.details,
-    }
+    info = verdict.info(case.bar, case.network, case.batch, threads)
     benchmark.extra_info.update(info)
     verdicts.append(info)

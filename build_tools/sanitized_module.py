@@ -1,11 +1,8 @@
 """Builds the CPU module under AddressSanitizer and UBSan: for tests only.
 
-    python -m build_tools.sanitized_module
-
 Python has to be started with the sanitizer's runtime preloaded.
 """
 
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -43,16 +40,3 @@ def build_module() -> Path:
     link_module(ninja, compiler, output, objects, sanitize)
     ninja.run([output])
     return ROOT / output
-
-
-def main() -> int:
-    try:
-        print(build_module())
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

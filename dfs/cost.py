@@ -50,6 +50,8 @@ class Cost:
         """A cost that was saved; ValueError unless it is one for so many blocks and choices."""
         if not isinstance(values, dict) or set(values) != {"fixed", "table", "full"}:
             raise ValueError(f"a cost must have fixed, table and full, got {values!r}")
+        if not all(type(values[name]) in (int, float) for name in ("fixed", "full")):
+            raise ValueError("a cost must hold numbers: fixed and full")
         try:
             table = torch.tensor(values["table"], dtype=torch.float64)
             fixed, full = float(values["fixed"]), float(values["full"])

@@ -18,8 +18,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -35,6 +34,7 @@ from dfs.models import DynamicOutput, DynamicResNet
 from dfs.models.architecture import Architecture
 from dfs_kernels import _cpu, use_backend
 from tests.framework.engine_networks import CLASSES, lively_network, small_bottlenecks
+from tests.kernels.exactness import MismatchError, all_work_split
 from tests.record import circumstances, write_record
 
 BATCH = 100
@@ -49,10 +49,6 @@ _GATES: tuple[dict[str, Any], ...] = (
     {"gate": "constant"},
 )
 _CHOICES = ((0, 2, 4, 8), (0, 2, 4, 8), (0, 8), (2, 4), (0, 2, 4, 8, 32), (0, 4, 32))
-
-
-class MismatchError(Exception):
-    """A result that is not what it should be."""
 
 
 @dataclass
@@ -133,19 +129,6 @@ def numbered_case(seed: int, number: int, real: Tensor, batch: int = BATCH) -> C
         "real images" if is_real else f"random {str(images.dtype).removeprefix('torch.')} images",
     )
     return Case(kinds, model, freeze(model, size, preprocessing), images)
-
-
-@contextmanager
-def all_work_split() -> Iterator[None]:
-    """Small work is split among threads too; thread count and instruction set are put back."""
-    threads, isa, cost = torch.get_num_threads(), _cpu.isa(), _cpu.min_thread_cost()
-    _cpu.set_min_thread_cost(1.0)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        _cpu.set_isa(isa)
-        _cpu.set_min_thread_cost(cost)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("dfs_kernels._cpu")
 
 from tests.framework import engine_exactness
+from tests.kernels.exactness import MismatchError, all_work_split
 
 SEED = 2
 
@@ -25,7 +26,7 @@ def real() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def split_work() -> Iterator[None]:
-    with engine_exactness.all_work_split():
+    with all_work_split():
         yield
 
 
@@ -49,7 +50,7 @@ def test_a_difference_is_noticed(name: str, real: Tensor, monkeypatch: pytest.Mo
     found = case.engine(case.images)
     spoilt = found._replace(**_spoil(name, getattr(found, name)))
     monkeypatch.setattr(type(case.engine), "__call__", lambda self, images: spoilt)
-    with pytest.raises(engine_exactness.MismatchError, match=f"{name} of image 3"):
+    with pytest.raises(MismatchError, match=f"{name} of image 3"):
         engine_exactness.check_case(case, engine_exactness.Tally())
 
 
@@ -70,7 +71,7 @@ def test_only_ties_may_differ_at_32_bits(real: Tensor) -> None:
             engine_exactness._check_ties(case, found, expected, tally)
             assert (tally.ties, tally.largest_tie) == (1, pytest.approx(gap))
         else:
-            with pytest.raises(engine_exactness.MismatchError, match="block 1, which is no tie"):
+            with pytest.raises(MismatchError, match="block 1, which is no tie"):
                 engine_exactness._check_ties(case, found, expected, tally)
 
 
