@@ -25,14 +25,14 @@ class PixelTable {
  public:
   // Takes no images.
   PixelTable() = default;
-  // `values`: (channels, 256). `quantizer`: of the stem's input.
+  // `values`: (channels, 256). `quantizer`: of the stem's input, borrowed.
   PixelTable(const float* values, int64_t channels, const Quantizer& quantizer);
 
   bool empty() const { return channels_ == 0; }
   bool gives_codes() const { return !codes_.empty(); }
   // Of one image.
   size_t bytes(int64_t height, int64_t width) const;
-  // The form of what load() writes to `memory`; borrows this table's quantizer.
+  // The form of what load() writes to `memory`.
   FeatureMap map(uint8_t* memory, int64_t height, int64_t width) const;
   void load(const PixelImages& images, int64_t sample, const FeatureMap& target) const;
 
