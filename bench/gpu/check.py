@@ -25,7 +25,11 @@ LOGS = ROOT / ".benchmarks" / "gpu-check"
 _SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _SANITIZER_EXIT = 86
 _CALLS = [sys.executable, "-m", "tests.kernels.gpu_calls"]
-_BENCH = ("bench/gpu/bench_gpu_bars.py", "bench/gpu/bench_gpu_layers.py")
+_BENCH = (
+    "bench/gpu/bench_gpu_bars.py",
+    "bench/gpu/bench_gpu_network.py",
+    "bench/gpu/bench_gpu_layers.py",
+)
 # Of a failed part's log, and of its failed tests, how much is printed.
 _MOST_LINES, _MOST_COLUMNS = 12, 160
 # Of a part's time, what compiling the benchmarks' kernels may take.
@@ -36,7 +40,10 @@ _RESERVE_SECONDS = 15.0
 _MOST_ATTEMPTS = 6
 # What a dry run tries: something of each kind that does not take long.
 _DRY_TESTS = "dry_run or ((training or packing or gate) and does_not_wait)"
-_DRY_BENCHMARKS = "64x8x8-batch1024 and (roofline or buckets_mixed or triton_skipped or cudnn_bf16)"
+_DRY_BENCHMARKS = (
+    "network or "
+    "(64x8x8-batch1024 and (roofline or buckets_mixed or triton_skipped or cudnn_bf16))"
+)
 
 
 class UserError(Exception):

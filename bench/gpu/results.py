@@ -1,7 +1,8 @@
 """The results file of a GPU check, and its short table.
 
 ``bench/results/<gpu>/<commit>.json`` holds what the GPU is, what each part of the check came to,
-and the benchmarks: a point for each contestant, layer and batch, and the bars.
+and the benchmarks: a point for each contestant, layer and batch, those of whole networks, and the
+bars.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def file_name(commit: Mapping[str, Any]) -> str:
 def of_benchmarks(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The GPU and its benchmarks, out of what pytest-benchmark wrote, in one run or several."""
     gpu: dict[str, Any] = {}
-    points, bars = [], []
+    points, networks, bars = [], [], []
     for run in runs:
         gpu.update(run["machine_info"].get("gpu", {}))
         for benchmark in run["benchmarks"]:
@@ -73,7 +74,10 @@ def of_benchmarks(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 points.append({name: info[name] for name in _POINT if name in info})
             elif info.get("kind") == "gpu_bar":
                 bars.append({name: info[name] for name in _BAR if name in info})
-    return {"gpu": gpu, "points": points, "bars": bars}
+            elif info.get("kind") == "gpu_network":
+                networks += info["points"]
+                bars += [{name: bar[name] for name in _BAR if name in bar} for bar in info["bars"]]
+    return {"gpu": gpu, "points": points, "networks": networks, "bars": bars}
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:
@@ -113,6 +117,8 @@ def table(content: Mapping[str, Any]) -> str:
         )
     if content.get("points"):
         lines += ["", *_times(content["points"])]
+    if content.get("networks"):
+        lines += ["", *_network_times(content["networks"])]
     if content.get("bars"):
         lines += ["", *map(verdict_line, content["bars"])]
         held = sum(bar["held"] for bar in content["bars"])
@@ -135,4 +141,14 @@ def _times(points: list[dict[str, Any]]) -> list[str]:
             best = min(peers, key=lambda p: p["seconds"])
             cells.append(f"{best['contestant']} {1e6 * best['seconds']:.1f}")
         lines.append(f"{layer + ' batch ' + str(batch):<36} {', '.join(cells)}")
+    return lines
+
+
+def _network_times(points: list[dict[str, Any]]) -> list[str]:
+    """Per network and batch: every contestant."""
+    lines = ["microseconds for a batch"]
+    for network, batch in dict.fromkeys((p["network"], p["batch"]) for p in points):
+        here = [p for p in points if (p["network"], p["batch"]) == (network, batch)]
+        cells = [f"{p['contestant']} {1e6 * p['seconds']:.0f}" for p in here]
+        lines.append(f"{f'{network} batch {batch}':<36} {', '.join(cells)}")
     return lines

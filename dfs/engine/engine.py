@@ -12,10 +12,11 @@ from torch import Tensor
 from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import Preprocessing
 from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
+from dfs.engine.executor import Executor, check_device, make_executor
 from dfs.engine.file import load_graph, save_graph
 from dfs.engine.freeze import freeze_network
 from dfs.engine.graph import EngineGraph
-from dfs.engine.native import EngineRun, NativeExecutor
+from dfs.engine.native import EngineRun
 from dfs.models import DynamicResNet
 
 Policy = int | Tensor | None
@@ -74,12 +75,17 @@ class Engine:
         costs: "paper" and "bitops", see :mod:`dfs.cost`.
         budget_curve: what :meth:`set_budget` can set, or None.
 
-    Calls may come from several threads at once. A sample's result does not depend on what else is
-    in its batch, nor on the number of threads (:func:`torch.get_num_threads`).
+    Calls may come from several threads at once; on a GPU they run one after the other. A sample's
+    result does not depend on what else is in its batch, nor on the number of threads
+    (:func:`torch.get_num_threads`), nor on the device unless blocks run at 32 bits.
     """
 
     def __init__(
-        self, graph: EngineGraph, tensors: dict[str, Tensor], extra: dict[str, Any] | None = None
+        self,
+        graph: EngineGraph,
+        tensors: dict[str, Tensor],
+        extra: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.graph = graph
         self.extra = dict(extra or {})
@@ -91,10 +97,34 @@ class Engine:
             for name, values in dict(self.extra.get(_COSTS, {})).items()
         }
         self._tensors = tensors
-        self._executor = NativeExecutor(graph, tensors, _pixel_values(self.preprocessing))
+        self._executor = self._make_executor(device)
         stored = self.extra.get(_BUDGET)
         self.budget_curve = None if stored is None else BudgetCurve.from_json(stored)
         self._choice_bias: Tensor | None = None
+
+    def _make_executor(self, device: torch.device | str) -> Executor:
+        values = _pixel_values(self.preprocessing)
+        return make_executor(self.graph, self._tensors, values, device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where images and results are."""
+        return self._executor.device
+
+    def to(self, device: torch.device | str) -> Engine:
+        """Run on a CPU or a CUDA GPU from now on; returns this engine. A budget that was set stays.
+
+        On a GPU the network is recorded in CUDA graphs, one for each of a few batch sizes at its
+        first use; a later call only copies images in and results out, and doesn't wait for the
+        GPU. Results are those of the CPU, bit for bit, unless blocks run at 32 bits, whose sums
+        depend on the backend.
+
+        Raises:
+            ValueError: the device is neither.
+            RuntimeError: there is no such GPU, or PyTorch is built without CUDA.
+        """
+        self._executor = self._make_executor(device)
+        return self
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -117,17 +147,20 @@ class Engine:
         """Classify images.
 
         Args:
-            images: float32 (N, C, H, W) of any strides, on the CPU; or uint8 pixels of that shape,
-                looked up in a table of :meth:`Preprocessing.normalize` of all 256 levels, so that
-                results are those of the normalized floats, bit for bit.
+            images: float32 (N, C, H, W) of any strides, on :attr:`device`; or uint8 pixels of that
+                shape, looked up in a table of :meth:`Preprocessing.normalize` of all 256 levels, so
+                that results are those of the normalized floats, bit for bit.
             policy: None asks the gates; an int out of the choices runs every gated block at that
-                width; an integer tensor (N, gated blocks) gives every decision.
+                width; an integer tensor (N, gated blocks) gives every decision. One that is on a
+                GPU isn't looked at: a value that is no choice makes its sample's logits NaN and
+                its decisions 0. (DFS_DEBUG=1 refuses it.)
 
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        arguments = self._arguments(images, policy)
-        return _output(self._executor.run(*arguments, self._choice_bias))
+        executor = self._executor
+        arguments = self._arguments(images, policy, executor.device)
+        return _output(executor.run(*arguments, self._choice_bias))
 
     def set_budget(self, cost: float | None) -> None:
         """Move the mean cost of the decisions; None goes back to those that were trained.
@@ -159,7 +192,8 @@ class Engine:
         Raises:
             ValueError: naming the argument; or the gates' biases change nothing.
         """
-        checked, _ = self._arguments(images, None)
+        executor = self._executor
+        checked, _ = self._arguments(images, None, executor.device)
         if len(checked) == 0:
             raise ValueError("images must not be empty")
         if labels is not None and tuple(labels.shape) != (len(checked),):
@@ -168,10 +202,12 @@ class Engine:
             raise ValueError(f"points must be at least 2, got {points}")
 
         def run(tilt: float, some: Tensor) -> tuple[Tensor, Tensor]:
-            found = _output(self._executor.run(some, None, self._tilted(tilt)))
-            return found.logits, found.cost
+            found = _output(executor.run(some, None, self._tilted(tilt)))
+            # It is timed, so it has to wait for a GPU.
+            return found.logits.cpu(), found.cost.cpu()
 
-        self.budget_curve = measure_curve(run, checked, labels, points)
+        known = None if labels is None else labels.cpu()
+        self.budget_curve = measure_curve(run, checked, known, points)
         self.extra[_BUDGET] = self.budget_curve.to_json()
         return self.budget_curve
 
@@ -179,15 +215,20 @@ class Engine:
         return tilted_bias(self._tensors["gate.choice_bias"], self.choices, tilt)
 
     def timed(self, images: Tensor, policy: Policy = None) -> TimedOutput:
-        """A call like any other, on one thread, that takes the time of its parts."""
-        arguments = self._arguments(images, policy)
-        found = self._executor.run(*arguments, self._choice_bias, timed=True)
+        """A call like any other that takes the time of its parts: on a CPU, on one thread.
+
+        On a GPU the kernels are launched one by one, gates apart from blocks, and CUDA events take
+        the time.
+        """
+        executor = self._executor
+        arguments = self._arguments(images, policy, executor.device)
+        found = executor.run(*arguments, self._choice_bias, timed=True)
         assert found.block_times is not None
         assert found.gate_times is not None
         return TimedOutput(_output(found), found.block_times, found.gate_times)
 
     def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
-        """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
+        """Milliseconds of every block for a batch, by :meth:`timed`: the median of ``rounds``."""
         if rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
         self.timed(images, policy)
@@ -208,7 +249,9 @@ class Engine:
         """Write the engine into one file, for :func:`load_engine`."""
         save_graph(path, self.graph, self._tensors, self.extra)
 
-    def _arguments(self, images: Tensor, policy: Policy) -> tuple[Tensor, Tensor | None]:
+    def _arguments(
+        self, images: Tensor, policy: Policy, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
         shape = (self.graph.architecture.in_channels, *self.graph.image_size)
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
@@ -216,13 +259,14 @@ class Engine:
             raise TypeError(f"images must be float32 or uint8, got {images.dtype}")
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
-        if images.device.type != "cpu":
-            raise ValueError(f"images must be on the CPU, got {images.device}")
+        if images.device != device:
+            place = "the CPU" if device.type == "cpu" else device
+            raise ValueError(f"images must be on {place}, got {images.device}")
         if images.dtype == torch.uint8 and self.preprocessing is None:
             raise ValueError("images are uint8, but the engine was frozen without a preprocessing")
-        return images.detach(), self._policy(policy, images.shape[0])
+        return images.detach(), self._policy(policy, images.shape[0], device)
 
-    def _policy(self, policy: Policy, batch: int) -> Tensor | None:
+    def _policy(self, policy: Policy, batch: int, device: torch.device) -> Tensor | None:
         if policy is None:
             return None
         expected = (batch, self.gated_blocks)
@@ -231,11 +275,14 @@ class Engine:
                 raise TypeError(f"policy must be None, an int or a tensor, got {policy!r}")
             if policy not in self.choices:
                 raise ValueError(f"policy is {policy}, which is not one of {self.choices}")
-            return torch.full(expected, policy, dtype=torch.int32)
+            return torch.full(expected, policy, dtype=torch.int32, device=device)
         if policy.is_floating_point() or policy.dtype == torch.bool:
             raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
         if tuple(policy.shape) != expected:
             raise ValueError(f"policy must have shape {expected}, got {tuple(policy.shape)}")
+        if "cpu" not in (policy.device.type, device.type) and not _debug():
+            # What would wrap around to a choice must stay none.
+            return policy.to(torch.int64).clamp(-1, 64).to(device, torch.int32)
         wrong = ~torch.isin(policy.cpu(), torch.tensor(self.choices))
         if bool(wrong.any()):
             sample, block = wrong.nonzero()[0].tolist()
@@ -243,7 +290,11 @@ class Engine:
                 f"policy[{sample}, {block}] is {int(policy[sample, block])}, "
                 f"which is not one of {self.choices}"
             )
-        return policy.to("cpu", torch.int32).contiguous()
+        return policy.to(device, torch.int32, non_blocking=device.type != "cpu").contiguous()
+
+
+def _debug() -> bool:
+    return os.environ.get("DFS_DEBUG", "0") == "1"
 
 
 def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None:
@@ -271,8 +322,10 @@ def _pixel_values(preprocessing: Preprocessing | None) -> Tensor | None:
 
 
 def _output(found: EngineRun) -> EngineOutput:
-    # Scaled last: powers of two change no bit, and a call at batch 1 notices every operation.
-    cost = found.bits.double().square_().mean(1).div_(32**2)
+    cost = found.cost
+    if cost is None:
+        # Scaled last: powers of two change no bit, and a call at batch 1 notices every operation.
+        cost = found.bits.double().square_().mean(1).div_(32**2)
     return EngineOutput(found.logits, found.bits, cost)
 
 
@@ -305,15 +358,21 @@ def freeze(
     return Engine(graph, tensors, extra)
 
 
-def load_engine(path: str | os.PathLike[str]) -> Engine:
+def load_engine(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Engine:
     """The engine that :meth:`Engine.save` wrote. Runs no code from the file.
+
+    Args:
+        device: see :meth:`Engine.to`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no engine file, of another version, or damaged.
+        ValueError: it is no engine file, of another version, or damaged; or there is no such kind
+            of device.
+        RuntimeError: there is no such GPU.
     """
+    target = check_device(device)
     graph, tensors, extra = load_graph(path)
     try:
-        return Engine(graph, tensors, extra)
+        return Engine(graph, tensors, extra, target)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} is not a usable engine: {error}") from None

@@ -50,7 +50,7 @@ def make_executor(
         ValueError: the device is neither.
         RuntimeError: there is no such GPU.
     """
-    target = _checked(device)
+    target = check_device(device)
     if target.type == "cpu":
         return NativeExecutor(graph, tensors, pixel_values)
     return GpuExecutor(
@@ -63,7 +63,13 @@ def _records() -> bool:
     return "1" not in (os.environ.get("DFS_NO_GRAPHS"), os.environ.get("DFS_DEBUG"))
 
 
-def _checked(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
+    """A device that an engine can run on, a GPU by its number.
+
+    Raises:
+        ValueError: it is neither a CPU nor a CUDA GPU.
+        RuntimeError: there is no such GPU.
+    """
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -71,7 +77,7 @@ def _checked(device: torch.device | str) -> torch.device:
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or a CUDA GPU, got {target}")
     if target.type == "cpu":
-        return target
+        return torch.device("cpu")
     if torch.version.cuda is None:
         raise RuntimeError(f"device {target} needs CUDA, which this PyTorch is built without")
     count = torch.cuda.device_count()

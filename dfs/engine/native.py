@@ -22,9 +22,10 @@ class EngineRun(NamedTuple):
     Attributes:
         logits: float32 (N, classes).
         bits: int32 (N, gated blocks).
-        gate_logits: float64 (N, gated blocks, choices).
+        gate_logits: float64 (N, gated blocks, choices), or None where they are not kept.
         block_times, gate_times: nanoseconds, (blocks + 2,) with the stem first and the classifier
             last, and (gated blocks,); None unless asked for.
+        cost: float64 (N,), or None where it has to be computed from the bits.
     """
 
     logits: Tensor
@@ -32,6 +33,7 @@ class EngineRun(NamedTuple):
     gate_logits: Tensor | None
     block_times: Tensor | None = None
     gate_times: Tensor | None = None
+    cost: Tensor | None = None
 
 
 class NativeExecutor:
@@ -40,6 +42,8 @@ class NativeExecutor:
     Args:
         pixel_values: float32 (C, 256), what uint8 pixels stand for, or None to take none.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self, graph: EngineGraph, tensors: dict[str, Tensor], pixel_values: Tensor | None = None

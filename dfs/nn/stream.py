@@ -63,7 +63,14 @@ def pooled_mean(stream: Tensor | PackedActivation) -> Tensor:
     batch, channels, height, width = stream.shape
     codes = stream.data.view(batch, height * width, channels)
     sums = codes.sum(1, dtype=torch.int64) - height * width * stream.zero_point.long()
-    return sums.double() * (stream.scale.double() / (height * width))
+    return sums.double() * _share(stream)
+
+
+def _share(stream: PackedActivation) -> Tensor:
+    """The step over the number of pixels, float64 (1,)."""
+    step = stream.scale.double()
+    # By a tensor: a GPU divides by a number by multiplying with its rounded reciprocal.
+    return step / torch.full_like(step, stream.height * stream.width)
 
 
 def pooled_features(stream: Tensor | PackedActivation, deviation: bool) -> Tensor:
@@ -82,7 +89,7 @@ def pooled_features(stream: Tensor | PackedActivation, deviation: bool) -> Tenso
         sums = codes.sum(1, dtype=torch.int64)
         squares = codes.to(torch.int32).square().sum(1, dtype=torch.int64)
         spread = height * width * squares - sums.square()
-        variance = spread.double() * (stream.scale.double() / (height * width)).square()
+        variance = spread.double() * _share(stream).square()
     return torch.cat([mean, (variance + _LEAST_VARIANCE).sqrt()], 1)
 
 
