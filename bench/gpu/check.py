@@ -41,8 +41,7 @@ _MOST_ATTEMPTS = 6
 # What a dry run tries: something of each kind that does not take long.
 _DRY_TESTS = "dry_run or ((training or packing or gate) and does_not_wait)"
 _DRY_BENCHMARKS = (
-    "network or "
-    "(64x8x8-batch1024 and (roofline or buckets_mixed or triton_skipped or cudnn_bf16))"
+    "network or (64x8x8-batch1024 and (roofline or buckets_mixed or triton_skipped or cudnn_bf16))"
 )
 
 

@@ -174,7 +174,7 @@ def _static(compiled: bool) -> Callable[[int, int], Callable[[], Any]]:
     def prepare(depth: int, batch: int) -> Callable[[], Any]:
         device, network = machine().device, static_network(depth)
         model = _folded(network.model).to(device, torch.bfloat16)
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         inputs = images(batch)
         x = inputs.to(device, torch.bfloat16).contiguous(memory_format=torch.channels_last)
         if compiled:

@@ -178,6 +178,7 @@ class OpNetwork:
 
     def _look_up(self, pixels: Tensor) -> Tensor:
         assert self._pixel_values is not None
+        assert self._pixel_places is not None
         # Neither a division nor a product: a GPU would round some of them differently.
         places = (pixels.to(torch.int32) + self._pixel_places).flatten()
         return self._pixel_values.index_select(0, places).view(pixels.shape)
@@ -294,13 +295,11 @@ def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those of one part of the network, by their own names."""
     start = f"{prefix}."
     return {
-        name.removeprefix(start): value
-        for name, value in tensors.items()
-        if name.startswith(start)
+        name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
     }
 
 
-def _window(node: LayerNode) -> dict[str, int]:
+def _window(node: LayerNode) -> dict[str, Any]:
     shape = node.shape
     return {
         "stride": shape.stride,
