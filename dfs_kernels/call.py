@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dfs_kernels.geometry import ConvGeometry
@@ -96,6 +97,26 @@ class ConvGradients:
     weight_scale: Tensor | None = None
     mul: Tensor | None = None
     add: Tensor | None = None
+
+    @classmethod
+    def empty(cls, call: ConvCall, wanted: GradientsWanted) -> ConvGradients:
+        """Contiguous float32 tensors for those that are wanted."""
+        count, out_channels = len(call.weight.options), call.weight.shape[0]
+        shapes = {
+            "input": tuple(call.input.shape),
+            "weight": call.weight.shape,
+            "input_scale": (count,),
+            "weight_scale": (count, out_channels),
+            "mul": (count, out_channels),
+            "add": (count, out_channels),
+        }
+        return cls(
+            **{
+                name: torch.empty(shape, dtype=torch.float32, device=call.bits.device)
+                for name, shape in shapes.items()
+                if getattr(wanted, name)
+            }
+        )
 
 
 def check_bits(bits: Tensor, options: Sequence[int], name: str = "bits") -> None:

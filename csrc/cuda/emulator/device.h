@@ -39,6 +39,10 @@ inline void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   emulator::multiply_tile(c, a, b0, b1);
 }
 
+inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_tile(c, a, b0, b1);
+}
+
 template <typename T>
 T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

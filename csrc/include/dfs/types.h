@@ -140,6 +140,7 @@ struct MixedConv2dBackwardArgs {
   FeatureMap input;                     // float32
   Quantizer input_quantizer;            // its widths equal `widths`
   const float* weight = nullptr;        // (O, C/groups, KH, KW) float32, contiguous
+  const void* packed_weight[kMaxWidths] = {};  // canonical codes instead of `weight`; CUDA only
   const float* weight_scale = nullptr;  // (count, O)
   const float* mul = nullptr;           // (count, O) or null
   const float* bias = nullptr;          // (O) or null
