@@ -45,18 +45,18 @@ sort_samples_kernel(DFS_PARAMS(GradientParams) p) {
 DFS_KERNEL(kGradientThreads, 4)
 gradient_weights_kernel(DFS_PARAMS(GradientParams) p) {
   const int64_t item = static_cast<int64_t>(block_index()) * kGradientThreads + thread_index();
-  const int64_t width_values = static_cast<int64_t>(p.grad_output.channels) * p.window();
+  const int64_t width_values = static_cast<int64_t>(p.grad_output.channels) * p.window;
   if (item >= p.widths * width_values) return;
   const int width = static_cast<int>(item / width_values);
   int64_t rest = item % width_values;
-  const int channel = static_cast<int>(rest % p.padded_channels());
-  rest /= p.padded_channels();
-  const int output = static_cast<int>(rest % p.group_outputs());
-  rest /= p.group_outputs();
-  const int tap = static_cast<int>(rest % p.taps());
-  const int o = static_cast<int>(rest / p.taps()) * p.group_outputs() + output;
+  const int channel = static_cast<int>(rest % p.padded_channels);
+  rest /= p.padded_channels;
+  const int output = static_cast<int>(rest % p.group_outputs);
+  rest /= p.group_outputs;
+  const int tap = static_cast<int>(rest % p.taps);
+  const int o = static_cast<int>(rest / p.taps) * p.group_outputs + output;
   float value = 0.0f;
-  if (channel < p.group_channels()) {
+  if (channel < p.group_channels) {
     int slot = 0;
     while (p.index[slot] != width) ++slot;
     const WeightStep step = weight_step(p, slot, o);
@@ -246,7 +246,7 @@ void launch_sort_samples(const GradientParams& p, Stream stream) {
 }
 
 void launch_gradient_weights(const GradientParams& p, Stream stream) {
-  const int64_t values = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window();
+  const int64_t values = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window;
   launch("gradient_weights", &gradient_weights_kernel,
          {ceil_div(values, kGradientThreads), kGradientThreads, 0}, p, stream);
 }

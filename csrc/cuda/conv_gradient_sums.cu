@@ -10,7 +10,7 @@ constexpr int kSumColumns = 32;
 DFS_KERNEL(kGradientThreads, 4)
 sum_products_kernel(DFS_PARAMS(GradientParams) p) {
   auto* sums = reinterpret_cast<float*>(shared_memory());
-  const int64_t width_products = static_cast<int64_t>(p.grad_output.channels) * p.window();
+  const int64_t width_products = static_cast<int64_t>(p.grad_output.channels) * p.window;
   const int64_t product =
       static_cast<int64_t>(block_index()) * kSumColumns + thread_index() % kSumColumns;
   const bool exists = product < p.widths * width_products;
@@ -46,10 +46,10 @@ struct WidthSums {
 // weight.
 DFS_DEVICE void finish_product(const GradientParams& p, int slot, const WeightStep& step,
                                double mul, int o, int k, double* gradient, WidthSums* sums) {
-  const int channel = k % p.padded_channels();
-  const int tap = k / p.padded_channels();
+  const int channel = k % p.padded_channels;
+  const int tap = k / p.padded_channels;
   const int64_t row = static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + o;
-  const double product = static_cast<double>(to_global(p.products)[row * p.window() + k]);
+  const double product = static_cast<double>(to_global(p.products)[row * p.window + k]);
   const float code = weight_code(p, slot, step, o, channel, tap);
   const double change = multiply(mul, product);
   sums->mul = add(sums->mul, multiply(static_cast<double>(step.value(code)), product));
@@ -58,8 +58,8 @@ DFS_DEVICE void finish_product(const GradientParams& p, int slot, const WeightSt
     return;
   }
   if (p.weight == nullptr) return;
-  const int64_t filter = static_cast<int64_t>(o) * p.group_channels() * p.taps();
-  const float w = to_global(p.weight)[filter + channel * p.taps() + tap];
+  const int64_t filter = static_cast<int64_t>(o) * p.group_channels * p.taps;
+  const float w = to_global(p.weight)[filter + channel * p.taps + tap];
   const float t = multiply(w, step.reciprocal);
   const float shifted = add(t, -step.centre);
   const bool inside = shifted >= step.low && shifted <= step.high;
@@ -84,12 +84,12 @@ DFS_KERNEL(kGradientThreads, 4)
 finish_weight_kernel(DFS_PARAMS(GradientParams) p) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   const int o = block_index();
-  const int window = p.wants_products() ? p.window() : 0;
-  const int filter = p.group_channels() * p.taps();
+  const int window = p.wants_products() ? p.window : 0;
+  const int filter = p.group_channels * p.taps;
   WidthSums sums[kSlots];
   for (int k = thread_index(); k < window; k += kGradientThreads) {
-    const int channel = k % p.padded_channels();
-    if (channel >= p.group_channels()) continue;
+    const int channel = k % p.padded_channels;
+    if (channel >= p.group_channels) continue;
     double gradient = 0.0;
     DFS_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
       if (p.index[slot] < 0) continue;
@@ -99,7 +99,7 @@ finish_weight_kernel(DFS_PARAMS(GradientParams) p) {
     }
     if (p.grad_weight != nullptr) {
       const int64_t place =
-          static_cast<int64_t>(o) * filter + channel * p.taps() + k / p.padded_channels();
+          static_cast<int64_t>(o) * filter + channel * p.taps + k / p.padded_channels;
       p.grad_weight[place] = to_float(gradient);
     }
   }
@@ -147,7 +147,7 @@ finish_input_scale_kernel(DFS_PARAMS(GradientParams) p) {
 }  // namespace
 
 void launch_sum_products(const GradientParams& p, Stream stream) {
-  const int64_t products = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window();
+  const int64_t products = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window;
   launch("sum_products", &sum_products_kernel,
          {ceil_div(products, kSumColumns), kGradientThreads, kGradientThreads * 4}, p, stream);
 }

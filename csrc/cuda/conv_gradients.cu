@@ -12,12 +12,12 @@ namespace {
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
 
-// Kernels index within a sample with 32 bits.
+// Kernels index within a sample with 32 bits, where a channel may take the place of four.
 void check_size(const FeatureMap& map, const char* name) {
-  const int64_t values = map.channels * map.height * map.width;
+  const int64_t values = ceil_div(map.channels, 4) * 4 * map.height * map.width;
   if (values > std::numeric_limits<int32_t>::max() / 4) {
     reject(std::string(name) + " has " + std::to_string(values) +
-           " values a sample; at most 2^29 are");
+           " values a sample, its channels filled up to four; at most 2^29 are");
   }
 }
 
@@ -36,6 +36,12 @@ void set_geometry(GradientParams& p, const ConvGeometry& g) {
   p.dilation_h = static_cast<int>(g.dilation_h);
   p.dilation_w = static_cast<int>(g.dilation_w);
   p.groups = static_cast<int>(g.groups);
+  p.taps = p.kernel_h * p.kernel_w;
+  p.group_channels = static_cast<int>(g.in_channels / g.groups);
+  p.group_outputs = static_cast<int>(g.out_channels / g.groups);
+  p.padded_channels = round_up(p.group_channels, 4);
+  p.padded_outputs = round_up(p.group_outputs, 4);
+  p.window = p.taps * p.padded_channels;
 }
 
 GradientParams make_params(const MixedConv2dBackwardArgs& args, bool tf32) {
@@ -97,22 +103,20 @@ int64_t lay_out(GradientParams& p, void* memory) {
   p.counts = scratch.take<int32_t>(kSlots);
   p.order = scratch.take<int32_t>(kSlots * p.batch);
   if (p.wants_input()) {
-    p.values = scratch.take<float>(filters * p.window());
+    p.values = scratch.take<float>(filters * p.window);
     p.slopes = scratch.take<double>(p.batch * p.input_blocks);
   }
   if (p.wants_products()) {
-    p.partials = scratch.take<float>(p.splits * filters * p.window());
-    p.products = scratch.take<float>(filters * p.window());
+    p.partials = scratch.take<float>(p.splits * filters * p.window);
+    p.products = scratch.take<float>(filters * p.window);
   }
   if (p.wants_sums()) p.grad_sums = scratch.take<double>(p.batch * p.grad_output.channels);
   if (p.direct) return scratch.used();
   if (p.wants_input() || p.wants_products()) {
-    p.arranged_grad =
-        scratch.take<float>(p.batch * p.grad_output.pixels() * p.groups * p.padded_outputs());
+    p.arranged_grad = scratch.take<float>(p.batch * p.grad_output.pixels() * p.grad_stride());
   }
   if (p.wants_products()) {
-    p.arranged_input =
-        scratch.take<float>(p.batch * p.input.pixels() * p.groups * p.padded_channels());
+    p.arranged_input = scratch.take<float>(p.batch * p.input.pixels() * p.input_stride());
   }
   return scratch.used();
 }

@@ -19,10 +19,11 @@
 #include "codes.h"
 #include "conv_layout.h"
 #include "dfs/types.h"
+#include "gradient_product.h"
 
 namespace dfs::cuda {
 
-constexpr int kGradientThreads = 128;
+constexpr int kGradientThreads = kProductThreads;
 constexpr int kGradientWarps = kGradientThreads / 32;
 
 struct GradientParams {
@@ -41,6 +42,13 @@ struct GradientParams {
   int dilation_h = 0;
   int dilation_w = 0;
   int groups = 0;
+  int taps = 0;
+  // Of a group; counted once, as a division takes as long as twenty other instructions.
+  int group_channels = 0;
+  int group_outputs = 0;
+  int padded_channels = 0;
+  int padded_outputs = 0;
+  int window = 0;  // taps * padded_channels
 
   int widths = 0;
   int8_t index[kSlots] = {-1, -1, -1, -1};  // where a width stands, -1 if it is no option
@@ -82,12 +90,9 @@ struct GradientParams {
   int window_tiles = 0;
   int output_tiles = 0;
 
-  DFS_HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
-  DFS_HOST_DEVICE int group_channels() const { return input.channels / groups; }
-  DFS_HOST_DEVICE int group_outputs() const { return grad_output.channels / groups; }
-  DFS_HOST_DEVICE int padded_channels() const { return round_up(group_channels(), 4); }
-  DFS_HOST_DEVICE int padded_outputs() const { return round_up(group_outputs(), 4); }
-  DFS_HOST_DEVICE int window() const { return taps() * padded_channels(); }
+  // From a pixel to the next in arranged maps.
+  DFS_HOST_DEVICE int input_stride() const { return groups * padded_channels; }
+  DFS_HOST_DEVICE int grad_stride() const { return groups * padded_outputs; }
   DFS_HOST_DEVICE bool wants_input() const {
     return grad_input != nullptr || grad_input_scale != nullptr;
   }
@@ -151,15 +156,15 @@ DFS_DEVICE WeightStep weight_step(const GradientParams& p, int slot, int o) {
 // Of a float weight, or of a packed one at this slot.
 DFS_DEVICE float weight_code(const GradientParams& p, int slot, const WeightStep& step, int o,
                              int channel, int tap) {
-  const int channels = p.group_channels();
+  const int channels = p.group_channels;
   if (p.weight != nullptr) {
-    const int64_t filter = static_cast<int64_t>(o) * channels * p.taps();
-    return step.code(to_global(p.weight)[filter + channel * p.taps() + tap]);
+    const int64_t filter = static_cast<int64_t>(o) * channels * p.taps;
+    return step.code(to_global(p.weight)[filter + channel * p.taps + tap]);
   }
   const int bits = bits_of(slot);
   const auto* codes = to_global(static_cast<const uint8_t*>(p.packed_weight[slot]));
   const uint8_t* row =
-      codes + (static_cast<int64_t>(o) * p.taps() + tap) * packed_bytes(channels, bits);
+      codes + (static_cast<int64_t>(o) * p.taps + tap) * packed_bytes(channels, bits);
   if (slot == 3) return load_float(row + 4 * channel);
   const int sign = 1 << (bits - 1);
   const int code = (row[channel * bits / 8] >> (channel * bits % 8)) & (2 * sign - 1);

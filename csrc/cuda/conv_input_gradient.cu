@@ -62,15 +62,13 @@ template <typename Tile, int kKernel>
 struct InputSource {
   static constexpr int kQuads = kDepth / 4;
   static constexpr int kRowsTogether = kGradientThreads / kQuads;
-  static constexpr int kMyPixels = Tile::kRows / kRowsTogether;
   static constexpr int kColumnQuads = Tile::kColumns / 4;
 
   const GradientParams& p;
   const InputTask& task;
-  const float* grad;     // of the sample, from this group on
-  const float* weights;  // of the width and group
-  int my_row[kMyPixels];
-  int my_column[kMyPixels];
+  const float* grad;     // of the sample, from this thread's outputs on
+  const float* weights;  // of the width and group, from the tile's channels on
+  PixelWalk first_pixel;
   int tap = -1;
   int first_output = 0;
   int offset_h = 0;
@@ -79,22 +77,32 @@ struct InputSource {
   DFS_DEVICE InputSource(const GradientParams& params, const InputTask& input_task, int64_t sample,
                          int slot)
       : p(params), task(input_task) {
-    const int64_t pixels = sample * p.grad_output.pixels();
-    grad = to_global(p.arranged_grad) + (pixels * p.groups + task.group) * p.padded_outputs();
-    const int64_t filters = static_cast<int64_t>(p.index[slot]) * p.grad_output.channels +
-                            task.group * p.group_outputs();
-    weights = to_global(p.values) + filters * p.window();
-    DFS_UNROLL for (int i = 0; i < kMyPixels; ++i) {
-      const int pixel = task.first_pixel + thread_index() / kQuads + i * kRowsTogether;
-      my_column[i] = pixel % task.columns.count;
-      // Beyond the last pixel, no tap meets the gradient.
-      my_row[i] = pixel < task.pixels() ? pixel / task.columns.count : 1 << 30;
-    }
+    grad = to_global(p.arranged_grad) + sample * p.grad_output.pixels() * p.grad_stride() +
+           task.group * p.padded_outputs + my_output();
+    const int64_t filters =
+        static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + task.group * p.group_outputs;
+    weights = to_global(p.values) + filters * p.window + task.first_channel;
+    first_pixel = walk_of(task.columns.count, kRowsTogether);
+    first_pixel.begin(task.first_pixel + thread_index() / kQuads);
     next_tap();
   }
 
+  DFS_DEVICE bool stage(float* rows, float* columns) {
+    if (tap >= taps()) return false;
+    stage_grad(rows);
+    stage_weights(columns);
+    first_output += kDepth;
+    if (first_output >= p.group_outputs) {
+      first_output = 0;
+      next_tap();
+    }
+    return true;
+  }
+
+ private:
+  DFS_DEVICE static int my_output() { return thread_index() % kQuads * 4; }
   DFS_DEVICE int kernel_w() const { return kKernel == 0 ? p.kernel_w : kKernel; }
-  DFS_DEVICE int taps() const { return kKernel == 0 ? p.taps() : kKernel * kKernel; }
+  DFS_DEVICE int taps() const { return kKernel == 0 ? p.taps : kKernel * kKernel; }
 
   DFS_DEVICE void next_tap() {
     for (++tap; tap < taps(); ++tap) {
@@ -108,44 +116,35 @@ struct InputSource {
     }
   }
 
-  DFS_DEVICE bool stage(float* rows, float* columns) {
-    if (tap >= taps()) return false;
-    stage_grad(rows);
-    stage_weights(columns);
-    first_output += kDepth;
-    if (first_output >= p.group_outputs()) {
-      first_output = 0;
-      next_tap();
-    }
-    return true;
-  }
-
- private:
   DFS_DEVICE void stage_grad(float* rows) const {
-    const int quad = thread_index() % kQuads;
-    const int output = first_output + 4 * quad;
-    const int stride = p.groups * p.padded_outputs();
-    DFS_UNROLL for (int i = 0; i < kMyPixels; ++i) {
-      const int y = my_row[i] + offset_h;
-      const int x = my_column[i] + offset_w;
-      const bool inside = y >= 0 && y < p.grad_output.height && x >= 0 && x < p.grad_output.width &&
-                          output < p.padded_outputs();
-      const int64_t pixel = inside ? y * p.grad_output.width + x : 0;
-      const int row = thread_index() / kQuads + i * kRowsTogether;
-      stage_quad(rows + row * kDepthStride + 4 * quad, grad + pixel * stride + output, inside);
+    const int stride = p.grad_stride();
+    const bool has_outputs = first_output + my_output() < p.padded_outputs;
+    float* to = rows + thread_index() / kQuads * kDepthStride + my_output();
+    // Pixels beyond the last one only have to be read within bounds.
+    PixelWalk pixel = first_pixel;
+    DFS_UNROLL for (int row = 0; row < Tile::kRows; row += kRowsTogether) {
+      const int y = pixel.y + offset_h;
+      const int x = pixel.x + offset_w;
+      const bool inside =
+          has_outputs && y >= 0 && y < p.grad_output.height && x >= 0 && x < p.grad_output.width;
+      const int place = inside ? (y * p.grad_output.width + x) * stride + first_output : 0;
+      copy_or_clear_async(to + row * kDepthStride, grad + place, inside);
+      pixel.next();
     }
   }
 
   DFS_DEVICE void stage_weights(float* columns) const {
-    DFS_UNROLL for (int i = thread_index(); i < kDepth * kColumnQuads; i += kGradientThreads) {
+    const int left = p.group_outputs - first_output;
+    const int channels = p.padded_channels - task.first_channel;
+    const int64_t first_row = static_cast<int64_t>(tap) * p.group_outputs + first_output;
+    const float* from = weights + first_row * p.padded_channels;
+    for_each_piece<kDepth * kColumnQuads>([&](int i) {
       const int k = i / kColumnQuads;
-      const int quad = i % kColumnQuads;
-      const int channel = task.first_channel + 4 * quad;
-      const int64_t row = static_cast<int64_t>(tap) * p.group_outputs() + first_output + k;
-      const bool exists = first_output + k < p.group_outputs() && channel < p.padded_channels();
-      stage_quad(columns + k * Tile::kColumnStride + 4 * quad,
-                 weights + row * p.padded_channels() + channel, exists);
-    }
+      const int channel = i % kColumnQuads * 4;
+      const bool exists = k < left && channel < channels;
+      const int place = exists ? k * p.padded_channels + channel : 0;
+      copy_or_clear_async(columns + k * Tile::kColumnStride + channel, from + place, exists);
+    });
   }
 };
 
@@ -212,10 +211,10 @@ DFS_DEVICE void finish_tile(const InputTask& task, const float* tile, InputFinis
     const int column = i / kQuads;
     const int channel = task.first_channel + column;
     const int pixel = task.first_pixel + i % kQuads * 4;
-    if (channel >= finish.p.group_channels() || pixel >= task.pixels()) continue;
+    if (channel >= finish.p.group_channels || pixel >= task.pixels()) continue;
     const Words4 sums =
         *reinterpret_cast<const Words4*>(tile + Tile::place(column, i % kQuads * 4));
-    const int c = task.group * finish.p.group_channels() + channel;
+    const int c = task.group * finish.p.group_channels + channel;
     if (has_quads) {
       finish.put_quad(pixel, c, sums);
     } else {
@@ -276,14 +275,13 @@ input_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
   if (item < p.input.channels * p.input.pixels()) {
     const int channel = item / p.input.pixels();
     const int pixel = item % p.input.pixels();
-    const int group = channel / p.group_channels();
+    const int group = channel / p.group_channels;
     const SampleReader grad = reader_of(p.grad_output, sample);
     const int64_t filters =
-        static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + group * p.group_outputs();
-    const float* weights =
-        to_global(p.values) + filters * p.window() + channel % p.group_channels();
+        static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + group * p.group_outputs;
+    const float* weights = to_global(p.values) + filters * p.window + channel % p.group_channels;
     float sum = 0.0f;
-    for (int tap = 0; tap < p.taps(); ++tap) {
+    for (int tap = 0; tap < p.taps; ++tap) {
       const TapOffset h =
           tap_offset(pixel / p.input.width, p.pad_top, tap / p.kernel_w, p.dilation_h, p.stride_h);
       const TapOffset w =
@@ -291,10 +289,10 @@ input_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
       const bool inside = h.meets && w.meets && h.offset >= 0 && w.offset >= 0 &&
                           h.offset < p.grad_output.height && w.offset < p.grad_output.width;
       if (!inside) continue;
-      for (int i = 0; i < p.group_outputs(); ++i) {
-        const float g = *grad.address(h.offset, w.offset, group * p.group_outputs() + i);
-        const int row = tap * p.group_outputs() + i;
-        sum = multiply_add(g, weights[static_cast<int64_t>(row) * p.padded_channels()], sum);
+      for (int i = 0; i < p.group_outputs; ++i) {
+        const float g = *grad.address(h.offset, w.offset, group * p.group_outputs + i);
+        const int row = tap * p.group_outputs + i;
+        sum = multiply_add(g, weights[static_cast<int64_t>(row) * p.padded_channels], sum);
       }
     }
     if (slot != 3) finish.step = step_of(p.input_quantizer, bits_of(slot));
@@ -315,7 +313,7 @@ int phase_pixels(const GradientParams& p) {
 }
 
 TileKind input_tile(const GradientParams& p) {
-  return choose_tile_kind(phase_pixels(p), p.group_channels());
+  return choose_tile_kind(phase_pixels(p), p.group_channels);
 }
 
 template <typename Tile, bool kTf32>
@@ -342,7 +340,7 @@ void plan_input_gradient(GradientParams& p) {
   with_tile(input_tile(p), [&p](auto tile) {
     using Tile = decltype(tile);
     p.pixel_tiles = divide_up(phase_pixels(p), Tile::kRows);
-    p.channel_tiles = divide_up(p.group_channels(), Tile::kColumns);
+    p.channel_tiles = divide_up(p.group_channels, Tile::kColumns);
   });
   p.input_blocks = phase_count(p) * p.pixel_tiles * p.groups * p.channel_tiles;
 }

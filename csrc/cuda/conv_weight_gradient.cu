@@ -50,7 +50,7 @@ DFS_DEVICE PixelRange pixel_range(const GradientParams& p, const WeightTask& tas
 
 DFS_DEVICE float* partial_of(const GradientParams& p, const WeightTask& task, int o) {
   const int64_t split = static_cast<int64_t>(p.index[task.slot]) * p.splits + task.split;
-  return to_global(p.partials) + (split * p.grad_output.channels + o) * p.window();
+  return to_global(p.partials) + (split * p.grad_output.channels + o) * p.window;
 }
 
 // Stages kDepth pixels at a time: their windows as [pixel][tap, channel], gradients as
@@ -63,39 +63,33 @@ struct WeightSource {
 
   const GradientParams& p;
   const WeightTask& task;
-  int group;
-  int first_output;
-  // What this thread copies of windows: one quad of some pixels.
-  int my_channel;
-  int my_y;  // of the window's tap, from its first pixel
-  int my_x;
+  // From the group's first channel, or the tile's first output, on.
+  const float* input;
+  const float* grad;
+  int outputs;  // of the tile, at most
+  // What this thread copies of windows: a quad of channels at one tap, of some pixels.
   bool exists;
+  int tap_y;  // from the window's first pixel
+  int tap_x;
   int64_t part;
   PixelRange range;
   int pixel = 0;
-  int out_y = 0;
-  int out_x = 0;
+  PixelWalk my_pixel;
 
-  DFS_DEVICE WeightSource(const GradientParams& params, const WeightTask& weight_task, int group_,
-                          int first_row, int first_output_)
-      : p(params), task(weight_task), group(group_), first_output(first_output_) {
+  DFS_DEVICE WeightSource(const GradientParams& params, const WeightTask& weight_task, int group,
+                          int first_row, int first_output)
+      : p(params), task(weight_task) {
     const int row = first_row + thread_index() % kRowQuads * 4;
-    const int tap = row / p.padded_channels();
-    exists = row < p.window();
-    my_channel = group * p.padded_channels() + row % p.padded_channels();
-    my_y = tap / p.kernel_w * p.dilation_h - p.pad_top;
-    my_x = tap % p.kernel_w * p.dilation_w - p.pad_left;
+    const int tap = row / p.padded_channels;
+    exists = row < p.window;
+    tap_y = tap / p.kernel_w * p.dilation_h - p.pad_top;
+    tap_x = tap % p.kernel_w * p.dilation_w - p.pad_left;
+    input = to_global(p.arranged_input) + group * p.padded_channels + row % p.padded_channels;
+    grad = to_global(p.arranged_grad) + group * p.padded_outputs + first_output;
+    outputs = p.padded_outputs - first_output;
+    my_pixel = walk_of(p.grad_output.width, kPixelsTogether);
     part = task.first;
     begin_part();
-  }
-
-  DFS_DEVICE void begin_part() {
-    if (part >= task.last) return;
-    range = pixel_range(p, task, part);
-    pixel = range.first;
-    const int mine = pixel + thread_index() / kRowQuads;
-    out_y = mine / p.grad_output.width;
-    out_x = mine % p.grad_output.width;
   }
 
   DFS_DEVICE bool stage(float* rows, float* columns) {
@@ -111,41 +105,40 @@ struct WeightSource {
   }
 
  private:
-  // Leaves the position at the next step's first pixel.
+  DFS_DEVICE void begin_part() {
+    if (part >= task.last) return;
+    range = pixel_range(p, task, part);
+    pixel = range.first;
+    my_pixel.begin(pixel + thread_index() / kRowQuads);
+  }
+
+  // Leaves my_pixel at the next step's.
   DFS_DEVICE void stage_windows(float* rows) {
-    const int stride = p.groups * p.padded_channels();
-    const float* image =
-        to_global(p.arranged_input) + range.sample * p.input.pixels() * stride + my_channel;
+    const int stride = p.input_stride();
+    const float* image = input + range.sample * p.input.pixels() * stride;
+    const int mine = thread_index() / kRowQuads;
+    float* to = rows + mine * Tile::kRowStride + thread_index() % kRowQuads * 4;
     DFS_UNROLL for (int k = 0; k < kDepth; k += kPixelsTogether) {
-      const int row = k + thread_index() / kRowQuads;
-      const int y = out_y * p.stride_h + my_y;
-      const int x = out_x * p.stride_w + my_x;
-      const bool inside = exists && pixel + row < range.last && y >= 0 && y < p.input.height &&
+      const int y = my_pixel.y * p.stride_h + tap_y;
+      const int x = my_pixel.x * p.stride_w + tap_x;
+      const bool inside = exists && pixel + k + mine < range.last && y >= 0 && y < p.input.height &&
                           x >= 0 && x < p.input.width;
-      const int64_t place = inside ? y * p.input.width + x : 0;
-      stage_quad(rows + row * Tile::kRowStride + thread_index() % kRowQuads * 4,
-                 image + place * stride, inside);
-      out_x += kPixelsTogether;
-      while (out_x >= p.grad_output.width) {
-        out_x -= p.grad_output.width;
-        ++out_y;
-      }
+      const int place = inside ? (y * p.input.width + x) * stride : 0;
+      copy_or_clear_async(to + k * Tile::kRowStride, image + place, inside);
+      my_pixel.next();
     }
   }
 
   DFS_DEVICE void stage_grad(float* columns) const {
-    const int stride = p.groups * p.padded_outputs();
-    const float* image = to_global(p.arranged_grad) +
-                         range.sample * p.grad_output.pixels() * stride +
-                         group * p.padded_outputs();
-    DFS_UNROLL for (int i = thread_index(); i < kDepth * kColumnQuads; i += kGradientThreads) {
-      const int row = i / kColumnQuads;
-      const int quad = i % kColumnQuads;
-      const int output = first_output + 4 * quad;
-      const bool inside = output < p.padded_outputs() && pixel + row < range.last;
-      stage_quad(columns + row * Tile::kColumnStride + 4 * quad,
-                 image + static_cast<int64_t>(inside ? pixel + row : 0) * stride + output, inside);
-    }
+    const int stride = p.grad_stride();
+    const float* image = grad + range.sample * p.grad_output.pixels() * stride;
+    for_each_piece<kDepth * kColumnQuads>([&](int i) {
+      const int k = i / kColumnQuads;
+      const int output = i % kColumnQuads * 4;
+      const bool inside = output < outputs && pixel + k < range.last;
+      const int place = inside ? (pixel + k) * stride + output : 0;
+      copy_or_clear_async(columns + k * Tile::kColumnStride + output, image + place, inside);
+    });
   }
 };
 
@@ -172,8 +165,8 @@ weight_gradient_kernel(DFS_PARAMS(GradientParams) p) {
     const int row = i % kQuads * 4;
     const int column = i / kQuads;
     const int output = first_output + column;
-    if (output >= p.group_outputs() || first_row + row >= p.window()) continue;
-    float* partial = partial_of(p, task, group * p.group_outputs() + output);
+    if (output >= p.group_outputs || first_row + row >= p.window) continue;
+    float* partial = partial_of(p, task, group * p.group_outputs + output);
     *reinterpret_cast<Words4*>(partial + first_row + row) =
         *reinterpret_cast<const Words4*>(Memory::tile() + Tile::place(column, row));
   }
@@ -182,7 +175,7 @@ weight_gradient_kernel(DFS_PARAMS(GradientParams) p) {
 // A warp for each product of the window and output channel, for groups too narrow for tiles.
 DFS_KERNEL(kGradientThreads, 4)
 weight_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
-  const int filter = p.taps() * p.group_channels();
+  const int filter = p.taps * p.group_channels;
   const int64_t item = static_cast<int64_t>(block_index()) * kGradientWarps + thread_index() / 32;
   const int64_t width_items = static_cast<int64_t>(p.splits) * p.grad_output.channels * filter;
   if (item >= p.widths * width_items) return;
@@ -191,9 +184,9 @@ weight_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
   const int split = static_cast<int>(item / filter / p.grad_output.channels % p.splits);
   const WeightTask task = weight_task(p, static_cast<int>(item / width_items), split);
   if (task.first >= task.last) return;
-  const int tap = k / p.group_channels();
-  const int channel = k % p.group_channels();
-  const int c = o / p.group_outputs() * p.group_channels() + channel;
+  const int tap = k / p.group_channels;
+  const int channel = k % p.group_channels;
+  const int c = o / p.group_outputs * p.group_channels + channel;
   const int first_y = tap / p.kernel_w * p.dilation_h - p.pad_top;
   const int first_x = tap % p.kernel_w * p.dilation_w - p.pad_left;
   const bool quantizes = task.slot != 3;
@@ -215,16 +208,16 @@ weight_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
     }
   }
   for (int mask = 16; mask > 0; mask /= 2) sum = add(sum, shuffle_xor(sum, mask));
-  if (thread_index() % 32 == 0) partial_of(p, task, o)[tap * p.padded_channels() + channel] = sum;
+  if (thread_index() % 32 == 0) partial_of(p, task, o)[tap * p.padded_channels + channel] = sum;
 }
 
 TileKind weight_tile(const GradientParams& p) {
-  return choose_tile_kind(p.window(), p.group_outputs());
+  return choose_tile_kind(p.window, p.group_outputs);
 }
 
 int64_t direct_warps(const GradientParams& p) {
-  return static_cast<int64_t>(p.widths) * p.splits * p.grad_output.channels * p.taps() *
-         p.group_channels();
+  return static_cast<int64_t>(p.widths) * p.splits * p.grad_output.channels * p.taps *
+         p.group_channels;
 }
 
 }  // namespace
@@ -233,14 +226,14 @@ void plan_weight_gradient(GradientParams& p) {
   p.parts = divide_up(p.grad_output.pixels(), kPartPixels);
   with_tile(weight_tile(p), [&p](auto tile) {
     using Tile = decltype(tile);
-    p.window_tiles = divide_up(p.window(), Tile::kRows);
-    p.output_tiles = divide_up(p.group_outputs(), Tile::kColumns);
+    p.window_tiles = divide_up(p.window, Tile::kRows);
+    p.output_tiles = divide_up(p.group_outputs, Tile::kColumns);
   });
   p.splits = 1;
   const int64_t blocks = p.direct
                              ? ceil_div(direct_warps(p), kGradientWarps * p.widths)
                              : static_cast<int64_t>(p.window_tiles) * p.output_tiles * p.groups;
-  const int64_t bytes = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window() * 4;
+  const int64_t bytes = static_cast<int64_t>(p.widths) * p.grad_output.channels * p.window * 4;
   int64_t splits = ceil_div(kWantedBlocks, blocks);
   for (const int64_t most : {p.batch * p.parts, kMostPartialBytes / bytes}) {
     if (splits > most) splits = most;

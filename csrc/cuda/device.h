@@ -56,6 +56,14 @@ DFS_DEVICE void copy_async(void* shared, const void* global) {
   }
 }
 
+// Copies 16 bytes in the same way if they exist, and stores zeros otherwise.
+DFS_DEVICE void copy_or_clear_async(void* shared, const void* global, bool exists) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 // Until this thread's copies have arrived; others see them after a sync_block().
 DFS_DEVICE void wait_for_copies() {
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;\n" ::: "memory");

@@ -15,6 +15,7 @@
 
 namespace dfs::cuda {
 
+constexpr int kProductThreads = 128;
 constexpr int kDepth = 16;
 constexpr int kDepthStride = kDepth + 4;
 
@@ -127,7 +128,8 @@ struct Tf32Sums {
 
   DFS_DEVICE void add(const float* rows, const float* columns) {
     const int lane = thread_index() % 32;
-    DFS_UNROLL for (int k = lane % 4; k < kDepth; k += 8) {
+    DFS_UNROLL for (int first = 0; first < kDepth; first += 8) {
+      const int k = first + lane % 4;
       uint32_t b[kColumnTiles][2];
       DFS_UNROLL for (int j = 0; j < kColumnTiles; ++j) {
         const int column = Tile::warp_column() + 8 * j + lane / 4;
@@ -210,13 +212,43 @@ DFS_DEVICE void multiply_all(Source& source, Sums& sums) {
   sync_block();
 }
 
-// 16 bytes of an operand, or zeros.
-DFS_DEVICE void stage_quad(float* to, const float* from, bool exists) {
-  if (exists) {
-    copy_async<16>(to, from);
-  } else {
-    *reinterpret_cast<Words4*>(to) = Words4{};
+// Each thread's shares of `kItems` pieces: fn(piece).
+template <int kItems, typename Fn>
+DFS_DEVICE void for_each_piece(Fn fn) {
+  DFS_UNROLL for (int first = 0; first < kItems; first += kProductThreads) {
+    const int i = first + thread_index();
+    if (first + kProductThreads <= kItems || i < kItems) fn(i);
   }
+}
+
+// A walk over the pixels of an image, some at a time.
+struct PixelWalk {
+  int y = 0;
+  int x = 0;
+  int width = 1;
+  int step_y = 0;
+  int step_x = 0;
+
+  DFS_DEVICE void begin(int pixel) {
+    y = pixel / width;
+    x = pixel % width;
+  }
+  DFS_DEVICE void next() {
+    x += step_x;
+    y += step_y;
+    if (x >= width) {
+      x -= width;
+      ++y;
+    }
+  }
+};
+
+DFS_DEVICE PixelWalk walk_of(int width, int step) {
+  PixelWalk walk;
+  walk.width = width;
+  walk.step_y = step / width;
+  walk.step_x = step % width;
+  return walk;
 }
 
 // The tile that leaves the fewest of its sums unused, a square one among equals.
