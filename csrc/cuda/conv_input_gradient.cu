@@ -148,24 +148,19 @@ struct InputSource {
   }
 };
 
-// From sums to the gradient in memory. Pixels are the phase's.
+// From sums to the gradient in memory, and the sum of the slopes.
 struct InputFinish {
   const GradientParams& p;
-  const InputTask& task;
   int64_t sample;
   bool quantized;
   Step step;
   double slopes = 0.0;
 
-  DFS_DEVICE float* target(int pixel, int channel) const {
-    const int y = task.rows.first + pixel / task.columns.count * p.stride_h;
-    const int x = task.columns.first + pixel % task.columns.count * p.stride_w;
+  DFS_DEVICE float* target(int y, int x, int channel) const {
     const int64_t plane = sample * p.input.channels + channel;
     return to_global(p.grad_input) + (plane * p.input.height + y) * p.input.width + x;
   }
-  DFS_DEVICE const float* source(int pixel, int channel) const {
-    const int y = task.rows.first + pixel / task.columns.count * p.stride_h;
-    const int x = task.columns.first + pixel % task.columns.count * p.stride_w;
+  DFS_DEVICE const float* source(int y, int x, int channel) const {
     return to_global(p.input.values) + sample * p.input.stride_n + channel * p.input.stride_c +
            y * p.input.stride_h + x * p.input.stride_w;
   }
@@ -175,22 +170,25 @@ struct InputFinish {
     return gradient;
   }
 
-  DFS_DEVICE void put(int pixel, int channel, float gradient) {
-    const float x = quantized ? *source(pixel, channel) : 0.0f;
-    const float finished = finish(gradient, x);
-    if (p.grad_input != nullptr) *target(pixel, channel) = finished;
+  DFS_DEVICE void put(int y, int x, int channel, float gradient) {
+    const float finished = finish(gradient, quantized ? *source(y, x, channel) : 0.0f);
+    if (p.grad_input != nullptr) *target(y, x, channel) = finished;
   }
 
   // Four pixels that lie next to each other in whole planes.
   DFS_DEVICE void put_quad(int pixel, int channel, const Words4& gradients) {
-    Words4 x = {};
-    if (quantized) x = *reinterpret_cast<const Words4*>(source(pixel, channel));
+    const int y = pixel / p.input.width;
+    const int x = pixel % p.input.width;
+    Words4 inputs = {};
+    if (quantized) inputs = *reinterpret_cast<const Words4*>(source(y, x, channel));
     Words4 finished;
     DFS_UNROLL for (int i = 0; i < 4; ++i) {
       finished.word[i] =
-          float_to_bits(finish(bits_to_float(gradients.word[i]), bits_to_float(x.word[i])));
+          float_to_bits(finish(bits_to_float(gradients.word[i]), bits_to_float(inputs.word[i])));
     }
-    if (p.grad_input != nullptr) *reinterpret_cast<Words4*>(target(pixel, channel)) = finished;
+    if (p.grad_input != nullptr) {
+      *reinterpret_cast<Words4*>(target(y, x, channel)) = finished;
+    }
   }
 
   DFS_DEVICE bool has_quads() const {
@@ -204,23 +202,28 @@ struct InputFinish {
 };
 
 template <typename Tile>
-DFS_DEVICE void finish_tile(const InputTask& task, const float* tile, InputFinish& finish) {
+DFS_DEVICE void finish_tile(const GradientParams& p, const InputTask& task, const float* tile,
+                            InputFinish& finish) {
   constexpr int kQuads = Tile::kRows / 4;
   const bool has_quads = finish.has_quads();
   for (int i = thread_index(); i < kQuads * Tile::kColumns; i += kGradientThreads) {
     const int column = i / kQuads;
     const int channel = task.first_channel + column;
-    const int pixel = task.first_pixel + i % kQuads * 4;
-    if (channel >= finish.p.group_channels || pixel >= task.pixels()) continue;
+    const int first = task.first_pixel + i % kQuads * 4;
+    if (channel >= p.group_channels || first >= task.pixels()) continue;
     const Words4 sums =
         *reinterpret_cast<const Words4*>(tile + Tile::place(column, i % kQuads * 4));
-    const int c = task.group * finish.p.group_channels + channel;
+    const int c = task.group * p.group_channels + channel;
     if (has_quads) {
-      finish.put_quad(pixel, c, sums);
-    } else {
-      DFS_UNROLL for (int j = 0; j < 4; ++j) {
-        if (pixel + j < task.pixels()) finish.put(pixel + j, c, bits_to_float(sums.word[j]));
-      }
+      finish.put_quad(first, c, sums);
+      continue;
+    }
+    DFS_UNROLL for (int j = 0; j < 4; ++j) {
+      const int pixel = first + j;
+      if (pixel >= task.pixels()) break;
+      const int y = task.rows.first + pixel / task.columns.count * p.stride_h;
+      const int x = task.columns.first + pixel % task.columns.count * p.stride_w;
+      finish.put(y, x, c, bits_to_float(sums.word[j]));
     }
   }
 }
@@ -244,7 +247,7 @@ input_gradient_kernel(DFS_PARAMS(GradientParams) p) {
   }
   using Memory = ProductMemory<Tile, true>;
   const InputTask task = input_task<Tile>(p, part);
-  InputFinish finish{p, task, sample, slot != 3, {}};
+  InputFinish finish{p, sample, slot != 3, {}};
   if (task.first_pixel < task.pixels()) {
     typename SumsOf<Tile, true, kTf32>::Type sums;
     InputSource<Tile, kKernel> source(p, task, sample, slot);
@@ -252,9 +255,33 @@ input_gradient_kernel(DFS_PARAMS(GradientParams) p) {
     sums.store(Memory::tile());
     sync_block();
     if (slot != 3) finish.step = step_of(p.input_quantizer, bits_of(slot));
-    finish_tile<Tile>(task, Memory::tile(), finish);
+    finish_tile<Tile>(p, task, Memory::tile(), finish);
   }
   store_slopes(p, finish.slopes);
+}
+
+// The sum for one value of the input, product by product.
+DFS_DEVICE float sum_directly(const GradientParams& p, int64_t sample, int slot, int y, int x,
+                              int channel) {
+  const int group = channel / p.group_channels;
+  const SampleReader grad = reader_of(p.grad_output, sample);
+  const int64_t filters =
+      static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + group * p.group_outputs;
+  const float* weights = to_global(p.values) + filters * p.window + channel % p.group_channels;
+  float sum = 0.0f;
+  for (int tap = 0; tap < p.taps; ++tap) {
+    const TapOffset h = tap_offset(y, p.pad_top, tap / p.kernel_w, p.dilation_h, p.stride_h);
+    const TapOffset w = tap_offset(x, p.pad_left, tap % p.kernel_w, p.dilation_w, p.stride_w);
+    const bool inside = h.meets && w.meets && h.offset >= 0 && w.offset >= 0 &&
+                        h.offset < p.grad_output.height && w.offset < p.grad_output.width;
+    if (!inside) continue;
+    for (int i = 0; i < p.group_outputs; ++i) {
+      const float g = *grad.address(h.offset, w.offset, group * p.group_outputs + i);
+      const int64_t row = tap * p.group_outputs + i;
+      sum = multiply_add(g, weights[row * p.padded_channels], sum);
+    }
+  }
+  return sum;
 }
 
 // A value for each thread, for groups that are too narrow for tiles.
@@ -268,37 +295,13 @@ input_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
     return;
   }
   const int item = part * kGradientThreads + thread_index();
-  const Phase rows{0, p.input.height};
-  const Phase columns{0, p.input.width};
-  const InputTask task{rows, columns, 0, 0, 0};
-  InputFinish finish{p, task, sample, slot != 3, {}};
+  InputFinish finish{p, sample, slot != 3, {}};
   if (item < p.input.channels * p.input.pixels()) {
     const int channel = item / p.input.pixels();
-    const int pixel = item % p.input.pixels();
-    const int group = channel / p.group_channels;
-    const SampleReader grad = reader_of(p.grad_output, sample);
-    const int64_t filters =
-        static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + group * p.group_outputs;
-    const float* weights = to_global(p.values) + filters * p.window + channel % p.group_channels;
-    float sum = 0.0f;
-    for (int tap = 0; tap < p.taps; ++tap) {
-      const TapOffset h =
-          tap_offset(pixel / p.input.width, p.pad_top, tap / p.kernel_w, p.dilation_h, p.stride_h);
-      const TapOffset w =
-          tap_offset(pixel % p.input.width, p.pad_left, tap % p.kernel_w, p.dilation_w, p.stride_w);
-      const bool inside = h.meets && w.meets && h.offset >= 0 && w.offset >= 0 &&
-                          h.offset < p.grad_output.height && w.offset < p.grad_output.width;
-      if (!inside) continue;
-      for (int i = 0; i < p.group_outputs; ++i) {
-        const float g = *grad.address(h.offset, w.offset, group * p.group_outputs + i);
-        const int row = tap * p.group_outputs + i;
-        sum = multiply_add(g, weights[static_cast<int64_t>(row) * p.padded_channels], sum);
-      }
-    }
+    const int y = item % p.input.pixels() / p.input.width;
+    const int x = item % p.input.width;
     if (slot != 3) finish.step = step_of(p.input_quantizer, bits_of(slot));
-    const float x = slot == 3 ? 0.0f : *finish.source(pixel, channel);
-    const float finished = finish.finish(sum, x);
-    if (p.grad_input != nullptr) *finish.target(pixel, channel) = finished;
+    finish.put(y, x, channel, sum_directly(p, sample, slot, y, x, channel));
   }
   store_slopes(p, finish.slopes);
 }
