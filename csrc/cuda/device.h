@@ -44,6 +44,12 @@ DFS_DEVICE T* to_global(T* pointer) {
   return pointer;
 }
 
+// A place in shared memory that was computed from what is stored there. The emulator checks it.
+template <typename T>
+DFS_DEVICE const T* in_shared(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
+
 // Copies 4, 8 or 16 bytes, both sides aligned to as many, past the registers.
 template <int kBytes>
 DFS_DEVICE void copy_async(void* shared, const void* global) {

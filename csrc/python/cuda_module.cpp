@@ -160,6 +160,10 @@ PYBIND11_MODULE(DFS_MODULE, module) {
 #if defined(DFS_CUDA_EMULATED)
   module.def("take_launches", &dfs::cuda::emulator::take_launches,
              "Names of the kernels that were run since the last call.");
+  module.def("skip_barrier", &dfs::cuda::emulator::skip_barrier,
+             "Let all threads run past their barrier of this number; -1: past none.");
+  module.def("barriers_met", &dfs::cuda::emulator::barriers_met,
+             "How many barriers a thread of the last kernel met, at most.");
 #else
   bind_probe(module);
 #endif

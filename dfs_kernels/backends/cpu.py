@@ -12,7 +12,13 @@ from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight, WeightLayout
+from dfs_kernels.packing import (
+    PackedActivation,
+    PackedConvWeight,
+    WeightLayout,
+    new_codes,
+    new_packed_codes,
+)
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
@@ -44,7 +50,7 @@ def info() -> dict[str, Any]:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     channels = codes.shape[-1]
-    out = codes.new_empty((*codes.shape[:-1], (channels * bits + 7) // 8), dtype=torch.uint8)
+    out = new_packed_codes(codes, bits)
     if out.numel():
         rows = codes.numel() // channels
         _cpu.pack_bits(codes.data_ptr(), rows, channels, bits, out.data_ptr(), _threads())
@@ -53,8 +59,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, channels: int, signed: bool) -> Tensor:
     packed = packed.contiguous()
-    dtype = torch.int8 if signed else torch.uint8
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    out = new_codes(packed, channels, signed)
     if out.numel():
         rows = out.numel() // channels
         _cpu.unpack_bits(

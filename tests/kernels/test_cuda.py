@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import (
+    BlockConv,
     GateStep,
     PackedActivation,
     PackedConvWeight,
     available_backends,
+    gated_block,
     mixed_conv2d,
     mixed_conv2d_,
     quantize_pack,
     rnn_gate,
+    unpack_dequantize,
 )
 from dfs_kernels.backends import cuda, reference, triton
 from dfs_kernels.geometry import ConvGeometry
@@ -34,7 +38,7 @@ from tests.kernels.cases import (
     sample_bits,
     subset,
 )
-from tests.kernels.test_gate import gate_weights
+from tests.kernels.gate_cases import CHOICES, gate_weights, packed_features
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,10 +172,9 @@ def test_a_gated_block_is_three_launches() -> None:
     images = torch.rand(5, channels, 8, 8) * 3
     bits = torch.tensor([8, 0, 2, 4, 8], dtype=torch.int32)
 
-    def run_block(backend: str) -> tuple[PackedActivation, GateStep]:
+    def run_steps(backend: str) -> tuple[PackedActivation, GateStep]:
         stream = quantize_pack(images, 8, 0.013, backend=backend)
-        if backend == "cuda":
-            cuda._cuda.take_launches()
+        cuda._cuda.take_launches()
         middle = mixed_conv2d(
             stream, weights[0], bits, scales, padding=1, activation="relu", output_scale=scales,
             backend=backend,
@@ -181,12 +184,121 @@ def test_a_gated_block_is_three_launches() -> None:
         )
         return stream, rnn_gate(stream, gate, (0, 2, 4, 8), backend=backend)
 
-    run_block("cuda")  # makes the tiles, which are kept
-    stream, step = run_block("cuda")
-    assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
-    expected_stream, expected_step = run_block("reference")
-    assert torch.equal(stream.data, expected_stream.data)
-    assert torch.equal(step.bits, expected_step.bits)
+    def run_op(backend: str) -> tuple[PackedActivation, GateStep]:
+        branch = [BlockConv.create(weight, scales, padding=1) for weight in weights]
+        stream = quantize_pack(images, 8, 0.013, backend=backend)
+        cuda._cuda.take_launches()
+        _, step = gated_block(
+            stream, bits, branch, gate=gate, choices=(0, 2, 4, 8), backend=backend
+        )
+        assert step is not None
+        return stream, step
+
+    expected_stream, expected_step = run_steps("reference")
+    run_steps("cuda")  # makes the tiles, which are kept
+    for run_block in (run_steps, run_op):
+        stream, step = run_block("cuda")
+        assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
+        assert torch.equal(stream.data, expected_stream.data)
+        assert torch.equal(step.bits, expected_step.bits)
+
+
+def convolution_call(case: ConvCase) -> Callable[[], Tensor]:
+    arguments = build(case).arguments()
+
+    def call() -> Tensor:
+        found = mixed_conv2d(**arguments, backend="cuda")
+        return found.data if isinstance(found, PackedActivation) else found
+
+    return call
+
+
+def input_gradient_call() -> Callable[[], Tensor]:
+    """A step for each 16 of 40 outputs; then the finished tile."""
+    case = ConvCase(
+        bits=(32,) * 3,
+        group_channels=24,
+        group_outputs=40,
+        kernel=(1, 1),
+        padding=(0, 0, 0, 0),
+        size=(9, 10),
+        packed_weight=False,
+    )
+    arguments = build(case).arguments()
+    x = arguments["input"].requires_grad_()
+    y = mixed_conv2d(**arguments, backend="cuda")
+    assert isinstance(y, Tensor)
+    slope = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return lambda: torch.autograd.grad(y, x, slope, retain_graph=True)[0]
+
+
+def gate_call() -> Callable[[], Tensor]:
+    features, weights = packed_features(4, 72, 5, 4), gate_weights(72)
+
+    def call() -> Tensor:
+        step = rnn_gate(features, weights, CHOICES, backend="cuda")
+        return torch.cat([step.logits, step.bits[:, None].double()], 1)
+
+    return call
+
+
+def packing_call() -> Callable[[], Tensor]:
+    x, scale = torch.randn(4, 40, 6, 7), torch.tensor([0.02])
+    return lambda: quantize_pack(x, 8, scale, bit_options=(8,), backend="cuda").data
+
+
+def unpacking_call() -> Callable[[], Tensor]:
+    x = quantize_pack(torch.rand(4, 40, 6, 7), 8, 0.02, backend="reference")
+    return lambda: unpack_dequantize(x, backend="cuda")
+
+
+# Channels in several slices, read through the table of an 8-bit stream; products in several parts.
+_SLICED = ConvCase(
+    bits=(8, 8, 4, 2), options=(2, 4, 8), centred=(True, False, False), group_channels=136,
+    group_outputs=24, size=(9, 20), input_form="stream", residual_form="packed",
+    output_form="fixed", relu=True,
+)  # fmt: skip
+_FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 10))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("kernel", "make", "barriers"),
+    [
+        ("conv_mma", lambda: convolution_call(_SLICED), 8),
+        ("conv_float", lambda: convolution_call(_FLOAT), 9),
+        ("input_gradient", input_gradient_call, 3 + 2),
+        ("rnn_gate", gate_call, 7),
+        ("quantize_pack", packing_call, 1),
+        ("unpack_dequantize", unpacking_call, 1),
+    ],
+)
+def test_no_barrier_can_be_left_out(
+    kernel: str, make: Callable[[], Callable[[], Tensor]], barriers: int
+) -> None:
+    """The emulator lets warps run ahead: whatever a barrier is for shows without it."""
+    emulator, call = cuda._cuda, make()
+    call()  # makes what is derived from a weight
+    emulator.take_launches()
+    expected = call()
+    assert emulator.take_launches()[-1] == kernel
+    assert emulator.barriers_met() == barriers
+    for index in range(barriers):
+        emulator.skip_barrier(index)
+        try:
+            found: Tensor | None = call()
+        except RuntimeError as error:
+            assert "emulated kernel" in str(error)  # noqa: PT017
+            found = None
+        finally:
+            emulator.skip_barrier(-1)
+        assert found is None or not torch.equal(as_bits_of(found), as_bits_of(expected)), index
+    assert torch.equal(as_bits_of(call()), as_bits_of(expected))
+
+
+def as_bits_of(x: Tensor) -> Tensor:
+    """So that NaN equals itself."""
+    return x.view(torch.uint8)
 
 
 @emulated

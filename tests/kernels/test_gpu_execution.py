@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from bench.gpu.backends import gpu_backends
 from bench.gpu.device import is_rehearsal, machine
 from dfs_kernels import (
+    BlockConv,
+    BlockOutput,
     PackedActivation,
     RNNGateWeights,
+    gated_block,
     mixed_conv2d,
     mixed_conv2d_,
     pack_bits,
@@ -34,6 +38,7 @@ from tests.kernels.cases import (
 from tests.kernels.gate_cases import CHOICES, gate_weights, packed_features
 from tests.kernels.host_reads import no_host_reads
 from tests.kernels.op_calls import calls_of, check_op, checkable_forms
+from tests.kernels.test_gated_block import BlockCase, assert_same_output, make_arguments
 
 pytestmark = pytest.mark.gpu
 every_backend = pytest.mark.parametrize("backend", gpu_backends())
@@ -159,7 +164,73 @@ def test_training_does_not_wait(backend: str, device: torch.device) -> None:
         training_step(arguments, backend)
 
 
+@every_backend
+@pytest.mark.parametrize("downsamples", [False, True])
+def test_a_gated_block_does_not_wait(backend: str, downsamples: bool, device: torch.device) -> None:
+    arguments = block_on(device, BlockCase("basic", downsamples))
+    gated_block(**arguments, backend=backend)
+    with no_synchronization(backend):
+        gated_block(**arguments, backend=backend)
+
+
+def block_on(device: torch.device, case: BlockCase) -> dict[str, Any]:
+    """Arguments of a gated block there; weights and all."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, BlockConv):
+            return replace(
+                value,
+                weight=value.weight.to(device),
+                quantizer=value.quantizer.to(device),
+                mul=move(value.mul),
+                add=move(value.add),
+            )
+        if isinstance(value, RNNGateWeights):
+            return RNNGateWeights(*map(move, value))
+        if isinstance(value, list):
+            return [move(entry) for entry in value]
+        return value.to(device) if isinstance(value, (Tensor, PackedActivation)) else value
+
+    moved = {name: move(value) for name, value in make_arguments(case).items()}
+    if case.downsamples:
+        width = torch.full((len(case.bits),), 8, dtype=torch.int32, device=device)
+        moved["shortcut_bits"] = width
+    return moved
+
+
 # Graphs and streams
+
+
+@every_backend
+def test_a_graph_holds_two_blocks_and_the_decision_between_them(
+    backend: str, device: torch.device
+) -> None:
+    """The second block runs at the widths that the first one's gate chooses in each replay."""
+    identity = block_on(device, BlockCase("basic"))
+    down = block_on(device, BlockCase("basic", downsamples=True))
+    live = {**identity, **{name: identity[name].clone() for name in ("stream", "state")}}
+
+    def run(first: dict[str, Any], name: str) -> tuple[Tensor, BlockOutput]:
+        one = gated_block(**first, backend=name)
+        assert one.step is not None
+        step = {"bits": one.step.bits, "state": one.step.state}
+        return one.step.bits, gated_block(**{**down, **step, "stream": one.stream}, backend=name)
+
+    results: list[tuple[Tensor, BlockOutput]] = []
+    replay = machine().record(lambda: results.append(run(live, backend)), 1)
+    decisions = []
+    for shift in range(2):
+        codes = identity["stream"].data.roll(shift, 0)
+        live["stream"].data.copy_(codes)
+        live["state"].copy_(identity["state"].roll(shift, 1))
+        replay()
+        given = replace(identity["stream"], data=codes.clone())
+        bits, expected = run({**live, "stream": given}, "reference")
+        assert torch.equal(live["stream"].data, given.data)
+        assert torch.equal(results[-1][0], bits)
+        assert_same_output(results[-1][1], expected)
+        decisions.append(bits)
+    assert not torch.equal(*decisions)
 
 
 @every_backend

@@ -28,6 +28,12 @@ T* to_global(T* pointer) {
   return pointer;
 }
 
+template <typename T>
+const T* in_shared(const void* pointer) {
+  emulator::check_shared(pointer, sizeof(T));
+  return static_cast<const T*>(pointer);
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

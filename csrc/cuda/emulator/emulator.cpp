@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -28,6 +29,7 @@ struct Thread {
   Fiber fiber;
   Wait wait = Wait::kNothing;
   bool done = false;
+  int barriers = 0;
   std::vector<Copy> copies;
   // What it brings to an operation of its warp, and takes from it.
   int32_t (*sums)[4] = nullptr;
@@ -58,6 +60,8 @@ struct Block {
 
 thread_local Block* block = nullptr;
 thread_local std::vector<std::string> launches;
+thread_local int skipped_barrier = -1;
+thread_local int most_barriers = 0;
 
 void wait_for(Wait what) {
   Thread& self = block->running();
@@ -216,6 +220,7 @@ void run_block(const std::function<void()>& kernel) {
     Thread& thread = *block->pool[static_cast<size_t>(i)];
     thread.wait = Wait::kNothing;
     thread.done = false;
+    thread.barriers = 0;
     thread.copies.clear();
     thread.fiber.start(kernel);
   }
@@ -253,6 +258,7 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
                              std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
   launches.emplace_back(name);
+  most_barriers = 0;
   block = &kept;
   block->name = name;
   block->threads = shape.threads;
@@ -267,13 +273,29 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
   }
 }
 
+void skip_barrier(int index) { skipped_barrier = index; }
+int barriers_met() { return most_barriers; }
+
 std::vector<std::string> take_launches() { return std::exchange(launches, {}); }
 
 int thread_index() { return block->current; }
 int block_index() { return block->index; }
 int block_threads() { return block->threads; }
 uint8_t* shared_memory() { return block->shared(); }
-void sync_block() { wait_for(Wait::kBlock); }
+
+void sync_block() {
+  const int index = block->running().barriers++;
+  most_barriers = std::max(most_barriers, index + 1);
+  if (index != skipped_barrier) wait_for(Wait::kBlock);
+}
+
+void check_shared(const void* pointer, size_t bytes) {
+  const auto* from = static_cast<const uint8_t*>(pointer);
+  const uint8_t* begin = block->shared();
+  if (from < begin || from + bytes > begin + block->shared_bytes) {
+    block->fail("it reads outside of its shared memory");
+  }
+}
 
 void copy_async(void* shared, const void* global, int bytes) {
   const auto* to = static_cast<uint8_t*>(shared);
