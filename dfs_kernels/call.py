@@ -101,15 +101,8 @@ class ConvGradients:
     @classmethod
     def empty(cls, call: ConvCall, wanted: GradientsWanted) -> ConvGradients:
         """Contiguous float32 tensors for those that are wanted."""
-        count, out_channels = len(call.weight.options), call.weight.shape[0]
-        shapes = {
-            "input": tuple(call.input.shape),
-            "weight": call.weight.shape,
-            "input_scale": (count,),
-            "weight_scale": (count, out_channels),
-            "mul": (count, out_channels),
-            "add": (count, out_channels),
-        }
+        weight = call.weight
+        shapes = gradient_shapes(call.input.shape, weight.shape, len(weight.options))
         return cls(
             **{
                 name: torch.empty(shape, dtype=torch.float32, device=call.bits.device)
@@ -117,6 +110,21 @@ class ConvGradients:
                 if getattr(wanted, name)
             }
         )
+
+
+def gradient_shapes(
+    input_shape: Sequence[int], weight_shape: Sequence[int], count: int
+) -> dict[str, tuple[int, ...]]:
+    """Of all gradients, by name; ``count`` widths are on offer."""
+    per_channel = (count, weight_shape[0])
+    return {
+        "input": tuple(input_shape),
+        "weight": tuple(weight_shape),
+        "input_scale": (count,),
+        "weight_scale": per_channel,
+        "mul": per_channel,
+        "add": per_channel,
+    }
 
 
 def check_bits(bits: Tensor, options: Sequence[int], name: str = "bits") -> None:

@@ -53,8 +53,8 @@ gradient_weights_kernel(DFS_PARAMS(GradientParams) p) {
   rest /= p.padded_channels;
   const int output = static_cast<int>(rest % p.group_outputs);
   rest /= p.group_outputs;
-  const int tap = static_cast<int>(rest % p.taps);
-  const int o = static_cast<int>(rest / p.taps) * p.group_outputs + output;
+  const int tap = static_cast<int>(rest % p.taps());
+  const int o = static_cast<int>(rest / p.taps()) * p.group_outputs + output;
   float value = 0.0f;
   if (channel < p.group_channels) {
     int slot = 0;

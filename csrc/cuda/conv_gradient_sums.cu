@@ -58,8 +58,8 @@ DFS_DEVICE void finish_product(const GradientParams& p, int slot, const WeightSt
     return;
   }
   if (p.weight == nullptr) return;
-  const int64_t filter = static_cast<int64_t>(o) * p.group_channels * p.taps;
-  const float w = to_global(p.weight)[filter + channel * p.taps + tap];
+  const int64_t filter = static_cast<int64_t>(o) * p.group_channels * p.taps();
+  const float w = to_global(p.weight)[filter + channel * p.taps() + tap];
   const float t = multiply(w, step.reciprocal);
   const float shifted = add(t, -step.centre);
   const bool inside = shifted >= step.low && shifted <= step.high;
@@ -85,7 +85,7 @@ finish_weight_kernel(DFS_PARAMS(GradientParams) p) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   const int o = block_index();
   const int window = p.wants_products() ? p.window : 0;
-  const int filter = p.group_channels * p.taps;
+  const int filter = p.group_channels * p.taps();
   WidthSums sums[kSlots];
   for (int k = thread_index(); k < window; k += kGradientThreads) {
     const int channel = k % p.padded_channels;
@@ -99,7 +99,7 @@ finish_weight_kernel(DFS_PARAMS(GradientParams) p) {
     }
     if (p.grad_weight != nullptr) {
       const int64_t place =
-          static_cast<int64_t>(o) * filter + channel * p.taps + k / p.padded_channels;
+          static_cast<int64_t>(o) * filter + channel * p.taps() + k / p.padded_channels;
       p.grad_weight[place] = to_float(gradient);
     }
   }

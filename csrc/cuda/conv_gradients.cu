@@ -27,21 +27,12 @@ bool is_narrow(const ConvGeometry& g) {
 }
 
 void set_geometry(GradientParams& p, const ConvGeometry& g) {
-  p.kernel_h = static_cast<int>(g.kernel_h);
-  p.kernel_w = static_cast<int>(g.kernel_w);
-  p.stride_h = static_cast<int>(g.stride_h);
-  p.stride_w = static_cast<int>(g.stride_w);
-  p.pad_top = static_cast<int>(g.pad_top);
-  p.pad_left = static_cast<int>(g.pad_left);
-  p.dilation_h = static_cast<int>(g.dilation_h);
-  p.dilation_w = static_cast<int>(g.dilation_w);
-  p.groups = static_cast<int>(g.groups);
-  p.taps = p.kernel_h * p.kernel_w;
+  static_cast<Geometry&>(p) = to_geometry(g);
   p.group_channels = static_cast<int>(g.in_channels / g.groups);
   p.group_outputs = static_cast<int>(g.out_channels / g.groups);
   p.padded_channels = round_up(p.group_channels, 4);
   p.padded_outputs = round_up(p.group_outputs, 4);
-  p.window = p.taps * p.padded_channels;
+  p.window = p.taps() * p.padded_channels;
 }
 
 GradientParams make_params(const MixedConv2dBackwardArgs& args, bool tf32) {

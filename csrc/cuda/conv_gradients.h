@@ -19,6 +19,7 @@
 #include "codes.h"
 #include "conv_layout.h"
 #include "dfs/types.h"
+#include "geometry.h"
 #include "gradient_product.h"
 
 namespace dfs::cuda {
@@ -26,29 +27,19 @@ namespace dfs::cuda {
 constexpr int kGradientThreads = kProductThreads;
 constexpr int kGradientWarps = kGradientThreads / 32;
 
-struct GradientParams {
+struct GradientParams : Geometry {
   int64_t batch = 0;
   const int32_t* bits = nullptr;
   Map input;
   Map grad_output;
   SlotQuantizer input_quantizer;
 
-  int kernel_h = 0;
-  int kernel_w = 0;
-  int stride_h = 0;
-  int stride_w = 0;
-  int pad_top = 0;
-  int pad_left = 0;
-  int dilation_h = 0;
-  int dilation_w = 0;
-  int groups = 0;
-  int taps = 0;
   // Of a group; counted once, as a division takes as long as twenty other instructions.
   int group_channels = 0;
   int group_outputs = 0;
   int padded_channels = 0;
   int padded_outputs = 0;
-  int window = 0;  // taps * padded_channels
+  int window = 0;  // taps() * padded_channels
 
   int widths = 0;
   int8_t index[kSlots] = {-1, -1, -1, -1};  // where a width stands, -1 if it is no option
@@ -158,13 +149,13 @@ DFS_DEVICE float weight_code(const GradientParams& p, int slot, const WeightStep
                              int channel, int tap) {
   const int channels = p.group_channels;
   if (p.weight != nullptr) {
-    const int64_t filter = static_cast<int64_t>(o) * channels * p.taps;
-    return step.code(to_global(p.weight)[filter + channel * p.taps + tap]);
+    const int64_t filter = static_cast<int64_t>(o) * channels * p.taps();
+    return step.code(to_global(p.weight)[filter + channel * p.taps() + tap]);
   }
   const int bits = bits_of(slot);
   const auto* codes = to_global(static_cast<const uint8_t*>(p.packed_weight[slot]));
   const uint8_t* row =
-      codes + (static_cast<int64_t>(o) * p.taps + tap) * packed_bytes(channels, bits);
+      codes + (static_cast<int64_t>(o) * p.taps() + tap) * packed_bytes(channels, bits);
   if (slot == 3) return load_float(row + 4 * channel);
   const int sign = 1 << (bits - 1);
   const int code = (row[channel * bits / 8] >> (channel * bits % 8)) & (2 * sign - 1);

@@ -102,7 +102,7 @@ struct InputSource {
  private:
   DFS_DEVICE static int my_output() { return thread_index() % kQuads * 4; }
   DFS_DEVICE int kernel_w() const { return kKernel == 0 ? p.kernel_w : kKernel; }
-  DFS_DEVICE int taps() const { return kKernel == 0 ? p.taps : kKernel * kKernel; }
+  DFS_DEVICE int taps() const { return kKernel == 0 ? p.taps() : kKernel * kKernel; }
 
   DFS_DEVICE void next_tap() {
     for (++tap; tap < taps(); ++tap) {
@@ -269,7 +269,7 @@ DFS_DEVICE float sum_directly(const GradientParams& p, int64_t sample, int slot,
       static_cast<int64_t>(p.index[slot]) * p.grad_output.channels + group * p.group_outputs;
   const float* weights = to_global(p.values) + filters * p.window + channel % p.group_channels;
   float sum = 0.0f;
-  for (int tap = 0; tap < p.taps; ++tap) {
+  for (int tap = 0; tap < p.taps(); ++tap) {
     const TapOffset h = tap_offset(y, p.pad_top, tap / p.kernel_w, p.dilation_h, p.stride_h);
     const TapOffset w = tap_offset(x, p.pad_left, tap % p.kernel_w, p.dilation_w, p.stride_w);
     const bool inside = h.meets && w.meets && h.offset >= 0 && w.offset >= 0 &&

@@ -175,7 +175,7 @@ weight_gradient_kernel(DFS_PARAMS(GradientParams) p) {
 // A warp for each product of the window and output channel, for groups too narrow for tiles.
 DFS_KERNEL(kGradientThreads, 4)
 weight_gradient_direct_kernel(DFS_PARAMS(GradientParams) p) {
-  const int filter = p.taps * p.group_channels;
+  const int filter = p.taps() * p.group_channels;
   const int64_t item = static_cast<int64_t>(block_index()) * kGradientWarps + thread_index() / 32;
   const int64_t width_items = static_cast<int64_t>(p.splits) * p.grad_output.channels * filter;
   if (item >= p.widths * width_items) return;
@@ -216,7 +216,7 @@ TileKind weight_tile(const GradientParams& p) {
 }
 
 int64_t direct_warps(const GradientParams& p) {
-  return static_cast<int64_t>(p.widths) * p.splits * p.grad_output.channels * p.taps *
+  return static_cast<int64_t>(p.widths) * p.splits * p.grad_output.channels * p.taps() *
          p.group_channels;
 }
 
