@@ -53,6 +53,7 @@ class Form:
         make: from layer, batch and implementation.
         in_buckets: whether it is worth timing with its samples sorted by width.
         square_only: a block's second convolution adds into what the first one read.
+        largest_batch_only: as in training.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Form:
     in_buckets: bool = False
     square_only: bool = False
     smallest_batch: int = 1
+    largest_batch_only: bool = False
 
 
 def implementations(buckets: bool = True) -> tuple[str, ...]:
@@ -222,11 +224,9 @@ FORMS = {
     "into_stream_2": Form("2 bits in, into the stream", into_stream(2), square_only=True),
     "8_float": Form("8 bits, float in and out", float_at_8),
     "32": Form("32 bits, channels last", at_32),
-    "gradients": Form(
-        "gradients, 2/4/8/32 bits", gradients(False), smallest_batch=len(TRAINED_WIDTHS)
-    ),
+    "gradients": Form("gradients, 2/4/8/32 bits", gradients(False), largest_batch_only=True),
     "gradients_tf32": Form(
-        "gradients in TF32, 2/4/8/32 bits", gradients(True), smallest_batch=len(TRAINED_WIDTHS)
+        "gradients in TF32, 2/4/8/32 bits", gradients(True), largest_batch_only=True
     ),
     "quantize_pack": Form("quantize and pack, 8 bits", quantize_at_8),
     "unpack": Form("unpack and dequantize, 8 bits", unpack_at_8),
