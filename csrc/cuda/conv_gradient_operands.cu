@@ -57,8 +57,7 @@ gradient_weights_kernel(DFS_PARAMS(GradientParams) p) {
   const int o = static_cast<int>(rest / p.taps()) * p.group_outputs + output;
   float value = 0.0f;
   if (channel < p.group_channels) {
-    int slot = 0;
-    while (p.index[slot] != width) ++slot;
+    const int slot = slot_at(p, width);
     const WeightStep step = weight_step(p, slot, o);
     value = step.value(weight_code(p, slot, step, o, channel, tap));
     if (p.mul != nullptr) {

@@ -17,12 +17,10 @@ sum_products_kernel(DFS_PARAMS(GradientParams) p) {
   float sum = 0.0f;
   if (exists) {
     const int width = static_cast<int>(product / width_products);
-    int slot = 0;
-    while (p.index[slot] != width) ++slot;
+    const int slot = slot_at(p, width);
     // The others had nothing to sum, and have written nothing.
-    const int64_t parts = static_cast<int64_t>(to_global(p.counts)[slot]) * p.parts;
-    const int64_t share = (parts + p.splits - 1) / p.splits;
-    const int used = share == 0 ? 0 : static_cast<int>((parts + share - 1) / share);
+    const PartShare all = part_share(p, slot);
+    const int used = all.share == 0 ? 0 : static_cast<int>((all.parts + all.share - 1) / all.share);
     const float* partial =
         to_global(p.partials) + width * p.splits * width_products + product % width_products;
     for (int i = thread_index() / 32; i < used; i += kGradientWarps) {
@@ -127,8 +125,7 @@ finish_weight_kernel(DFS_PARAMS(GradientParams) p) {
 DFS_KERNEL(kGradientThreads, 4)
 finish_input_scale_kernel(DFS_PARAMS(GradientParams) p) {
   const int width = block_index();
-  int slot = 0;
-  while (p.index[slot] != width) ++slot;
+  const int slot = slot_at(p, width);
   const int count = to_global(p.counts)[slot];
   double mine = 0.0;
   const int64_t slopes = static_cast<int64_t>(count) * p.input_blocks;

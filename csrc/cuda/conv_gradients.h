@@ -102,6 +102,24 @@ DFS_DEVICE int gradient_slot(const GradientParams& p, int64_t n) {
   return slot >= 0 && p.index[slot] >= 0 ? slot : -1;
 }
 
+// The slot of the width that stands at an index.
+DFS_DEVICE int slot_at(const GradientParams& p, int width) {
+  int slot = 0;
+  while (p.index[slot] != width) ++slot;
+  return slot;
+}
+
+// How many parts of samples at a width there are, and how many each split takes.
+struct PartShare {
+  int64_t parts;
+  int64_t share;
+};
+
+DFS_DEVICE PartShare part_share(const GradientParams& p, int slot) {
+  const int64_t parts = static_cast<int64_t>(to_global(p.counts)[slot]) * p.parts;
+  return {parts, (parts + p.splits - 1) / p.splits};
+}
+
 DFS_DEVICE float round_half_even(float x) { return add(add(x, kRounder), -kRounder); }
 
 // Halves away from zero, as cvt.rna does it.

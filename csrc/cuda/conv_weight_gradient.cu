@@ -24,12 +24,10 @@ struct WeightTask {
 // Parts first to last of a width's for one of the blocks that share them.
 DFS_DEVICE WeightTask weight_task(const GradientParams& p, int width, int split) {
   WeightTask task;
-  task.slot = 0;
-  while (p.index[task.slot] != width) ++task.slot;
-  const int64_t parts = static_cast<int64_t>(to_global(p.counts)[task.slot]) * p.parts;
-  const int64_t share = (parts + p.splits - 1) / p.splits;
-  task.first = split * share;
-  task.last = task.first + share < parts ? task.first + share : parts;
+  task.slot = slot_at(p, width);
+  const PartShare all = part_share(p, task.slot);
+  task.first = split * all.share;
+  task.last = task.first + all.share < all.parts ? task.first + all.share : all.parts;
   task.split = split;
   return task;
 }
