@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_JSON ?= .benchmarks/latest.json
 CASES ?= 5000
+IMAGES ?= 10000
+FILES ?= 10000
 SEED ?= 1
 SECONDS ?= 60
 
@@ -14,7 +16,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 SOURCES := setup.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench exactness lint format csrc-test csrc-fuzz clean FORCE
+.PHONY: help demo test bench bench-engine exactness engine-exactness engine-fuzz lint format csrc-test csrc-fuzz clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -23,6 +25,9 @@ help:
 	@echo 'make test       run the test suite (PYTEST_ARGS=... is passed on)'
 	@echo 'make bench      run the benchmarks and report them (BENCH_JSON=... says where to)'
 	@echo 'make exactness  compare the kernels with the reference (CASES=5000 SEED=1 OUT=...)'
+	@echo 'make bench-engine      time frozen networks beside their peers, and report the table'
+	@echo 'make engine-exactness  compare engines with eager networks (IMAGES=10000 SEED=1 DATA=...)'
+	@echo 'make engine-fuzz       load and run damaged engine files (FILES=10000 SEED=1 SANITIZE=1)'
 	@echo 'make lint       check style and types; make format: fix style'
 	@echo 'bench/gpu_check.sh  everything that needs an NVIDIA GPU; --help says more'
 	@echo 'make csrc-test  C++ tests without Python (SANITIZE=address,undefined or thread)'
@@ -42,6 +47,19 @@ bench: $(VENV)/.built $(VENV)/.installed-bench
 
 exactness: $(VENV)/.built $(VENV)/.installed-test
 	@$(BIN)/python -m tests.kernels.exactness --cases $(CASES) --seed $(SEED) $(if $(OUT),--out $(OUT))
+
+engine-exactness: $(VENV)/.built $(VENV)/.installed-test
+	@$(BIN)/python -m tests.framework.engine_exactness --images $(IMAGES) --seed $(SEED) \
+	    $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
+
+engine-fuzz: $(VENV)/.built $(VENV)/.installed-test
+	@$(BIN)/python -m tests.framework.engine_fuzz --files $(FILES) --seed $(SEED) \
+	    $(if $(SANITIZE),--sanitize) $(if $(OUT),--out $(OUT))
+
+bench-engine: $(VENV)/.built $(VENV)/.installed-bench
+	@mkdir -p $(dir $(BENCH_JSON))
+	@$(BIN)/python -m pytest bench/bench_engine.py --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+	@$(BIN)/python -m bench.report $(BENCH_JSON)
 
 lint: $(VENV)/.built $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -126,6 +126,23 @@ class Verdict:
     held: bool
     details: dict[str, Any]
 
+    def info(self, bar: Bar, layer: str, batch: int, threads: int) -> dict[str, Any]:
+        """What a benchmark keeps of it in ``extra_info``; ``layer`` may name a network too."""
+        return {
+            "kind": "bar",
+            "bar": bar.name,
+            "label": bar.label,
+            "layer": layer,
+            "batch": batch,
+            "threads": threads,
+            "ratio": self.ratio.median,
+            "low": self.ratio.low,
+            "high": self.ratio.high,
+            "limit": self.limit,
+            "held": self.held,
+            **self.details,
+        }
+
 
 def cases() -> Iterator[Case]:
     """Every bar at every shape that it was set for, ordered by layer."""

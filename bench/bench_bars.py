@@ -31,19 +31,6 @@ def test_bar(benchmark: Any, verdicts: list[dict[str, Any]], threads: int, case:
             verdict = benchmark.pedantic(case.measure, args=(threads,), rounds=1, iterations=1)
         except Unavailable as reason:
             pytest.skip(str(reason))
-    info = {
-        "kind": "bar",
-        "bar": case.bar.name,
-        "label": case.bar.label,
-        "layer": case.layer.name,
-        "batch": case.batch,
-        "threads": threads,
-        "ratio": verdict.ratio.median,
-        "low": verdict.ratio.low,
-        "high": verdict.ratio.high,
-        "limit": verdict.limit,
-        "held": verdict.held,
-        **verdict.details,
-    }
+    info = verdict.info(case.bar, case.layer.name, case.batch, threads)
     benchmark.extra_info.update(info)
     verdicts.append(info)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUNDS = 15
-# A contestant's turn in a round lasts about this long, however short its calls are.
+# A contestant's turn in a round lasts about this long by default, however short its calls are.
 _TURN_SECONDS = 1e-3
 # The worker threads of PyTorch's OpenMP spin for up to 10 ms after a call (measured: the process's
 # time on the processor while it sleeps). Whoever came next would share the cores with them.
@@ -50,15 +50,21 @@ def per_round(
 
 
 def interleave(
-    calls: Sequence[Callable[[], Any]], *, threads: int, rounds: int = ROUNDS
+    calls: Sequence[Callable[[], Any]],
+    *,
+    threads: int,
+    rounds: int = ROUNDS,
+    turn_seconds: float = _TURN_SECONDS,
 ) -> list[list[float]]:
     """Seconds per call of each contestant in each round: A B A B and so on.
 
     Args:
         threads: with more than one, every turn starts with a pause and an untimed call, which
             wakes the contestant's own threads.
+        turn_seconds: how long a turn lasts about, of one call at least.
     """
-    return take_turns([_turn(call, _calls_per_turn(call), threads) for call in calls], rounds)
+    turns = [_turn(call, _calls_per_turn(call, turn_seconds), threads) for call in calls]
+    return take_turns(turns, rounds)
 
 
 def take_turns(turns: Sequence[Callable[[], float]], rounds: int = ROUNDS) -> list[list[float]]:
@@ -83,9 +89,9 @@ def _turn(call: Callable[[], Any], count: int, threads: int) -> Callable[[], flo
     return turn
 
 
-def _calls_per_turn(call: Callable[[], Any]) -> int:
+def _calls_per_turn(call: Callable[[], Any], turn_seconds: float) -> int:
     call()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return max(1, round(_TURN_SECONDS / max(seconds, 1e-7)))
+    return max(1, round(turn_seconds / max(seconds, 1e-7)))

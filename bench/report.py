@@ -88,6 +88,18 @@ class Point:
 
 
 @dataclass(frozen=True)
+class NetworkTime:
+    """One contestant on a whole network: the median of the rounds, seconds per call."""
+
+    contestant: str
+    label: str
+    network: str
+    batch: int
+    threads: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One bar, judged on one layer: the median ratio of the rounds and its quartiles."""
 
@@ -119,10 +131,12 @@ class Run:
     date: str
     points: tuple[Point, ...]
     outcomes: tuple[Outcome, ...]
+    networks: tuple[NetworkTime, ...] = ()
 
     @property
     def threads(self) -> list[int]:
-        return sorted({p.threads for p in self.points} | {o.threads for o in self.outcomes})
+        parts = (self.points, self.outcomes, self.networks)
+        return sorted({found.threads for part in parts for found in part})
 
     def layers(self, threads: int) -> list[tuple[str, int]]:
         """(layer, batch) in the order of the file."""
@@ -153,7 +167,7 @@ def load(path: Path) -> Run:
         raise ReportError(f"{path} is not JSON; is it what --benchmark-json wrote?") from None
     if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
         raise ReportError(f"{path} is JSON, but not what --benchmark-json wrote")
-    points, outcomes = [], []
+    points, outcomes, networks = [], [], []
     try:
         for benchmark in content["benchmarks"]:
             kind = benchmark["extra_info"].get("kind")
@@ -161,10 +175,12 @@ def load(path: Path) -> Run:
                 points.append(_point(benchmark))
             elif kind == "bar":
                 outcomes.append(_outcome(benchmark["extra_info"]))
+            elif kind == "network":
+                networks.append(_network(benchmark["extra_info"]))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ReportError(f"{path} holds a benchmark that is not understood: {error!r}") from None
-    if not points and not outcomes:
-        raise ReportError(f"{path} holds no benchmarks of layers or bars")
+    if not points and not outcomes and not networks:
+        raise ReportError(f"{path} holds no benchmarks of layers, networks or bars")
     return Run(
         name=path.stem,
         machine=content.get("machine_info") or {},
@@ -172,12 +188,15 @@ def load(path: Path) -> Run:
         date=str(content.get("datetime", ""))[:10],
         points=tuple(points),
         outcomes=tuple(outcomes),
+        networks=tuple(networks),
     )
 
 
 def markdown(run: Run) -> str:
     """The run as a section of Markdown."""
     parts = [f"## {run.name}", _describe(run)]
+    if run.networks:
+        parts.append(_network_table(run.networks))
     for threads in run.threads:
         parts.append(f"### {_count(threads, 'thread')}")
         points = [p for p in run.points if p.threads == threads]
@@ -305,6 +324,11 @@ def _point(benchmark: dict[str, Any]) -> Point:
     )
 
 
+def _network(info: dict[str, Any]) -> NetworkTime:
+    names = ("contestant", "label", "network", "batch", "threads", "seconds")
+    return NetworkTime(**{name: info[name] for name in names})
+
+
 def _outcome(info: dict[str, Any]) -> Outcome:
     names = ("bar", "label", "layer", "batch", "threads", "ratio", "low", "high", "limit", "held")
     return Outcome(
@@ -352,6 +376,19 @@ def _layer_table(
         points = (run.point(name, layer, batch, threads) for name in columns)
         rows.append([layer, str(batch), *("-" if p is None else cell(p) for p in points)])
     return _table(["layer", "batch", *(COLUMNS[name] for name in columns)], rows)
+
+
+def _network_table(networks: Sequence[NetworkTime]) -> str:
+    """A row per contestant, a column per network, batch and number of threads."""
+    cells = {(n.label, n.network, n.batch, n.threads): n.seconds for n in networks}
+    columns = sorted({(n.network, n.batch, n.threads) for n in networks})
+    header = [f"{name}, batch {batch}, {_count(t, 'thread')}" for name, batch, t in columns]
+    rows = []
+    for label in dict.fromkeys(n.label for n in networks):
+        found = ((cells.get((label, *column)), column[1]) for column in columns)
+        times = ("-" if t is None else f"{1e3 * t / batch:#.3g}" for t, batch in found)
+        rows.append([label, *times])
+    return "Milliseconds per image:\n\n" + _table(["", *header], rows)
 
 
 def _milliseconds(point: Point) -> str:

@@ -29,6 +29,8 @@ from build_tools.toolchain import (
 
 _CPU = "dfs_kernels._cpu"
 _CUDA = "dfs_kernels._cuda"
+# Of the CPU module, in csrc/python.
+CPU_MODULE_SOURCES = ("cpu_module.cpp", "engine_bindings.cpp")
 
 
 def _build_directory() -> Path:
@@ -57,15 +59,19 @@ def _python_library_directory() -> str:
 
 
 def link_module(
-    ninja: NinjaFile, compiler: HostCompiler, output: Path, objects: Sequence[Path]
+    ninja: NinjaFile,
+    compiler: HostCompiler,
+    output: Path,
+    objects: Sequence[Path],
+    flags: Sequence[str] = (),
 ) -> Path:
-    """Adds a Python module made of `objects`; returns `output`."""
+    """Adds a Python module made of `objects`; returns `output`. `flags` are for GCC and Clang."""
     names = [str(path) for path in objects]
     if compiler.is_msvc:
         command = [*compiler.command, "/nologo", "/LD", *names, "/link", f"/OUT:{output}"]
         command.append(f"/LIBPATH:{_python_library_directory()}")
     else:
-        command = [*compiler.command, *split_environment_flags("LDFLAGS"), "-pthread"]
+        command = [*compiler.command, *split_environment_flags("LDFLAGS"), "-pthread", *flags]
         if sys.platform == "darwin":
             command += ["-bundle", "-undefined", "dynamic_lookup", "-arch", platform.machine()]
         else:
@@ -79,7 +85,7 @@ def _add_cpu_module(ninja: NinjaFile, compiler: HostCompiler, output: Path) -> N
         ninja.compile_cpp(compiler, source.path, source.flags)
         for source in library_sources(compiler)
     ]
-    for name in ("cpu_module.cpp", "engine_bindings.cpp"):
+    for name in CPU_MODULE_SOURCES:
         module = Path("csrc", "python", name)
         if not (ROOT / module).is_file():
             raise BuildError(f"{module} is missing")

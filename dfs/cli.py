@@ -14,12 +14,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import dfs
 from dfs.cost import FULL_BITS
 from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
+from dfs.data.load import FOLDER
 from dfs.data.picture import PictureError
-from dfs.engine import freeze
+from dfs.engine import Engine, freeze, load_engine, time_engine
 from dfs.engine.budget import BudgetCurve
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
@@ -33,9 +35,12 @@ from dfs.report import (
     ResultRow,
     SummaryRow,
     describe_result,
+    engine_times_table,
+    plot_engine_times,
     plot_run,
     plot_tradeoff,
     read_tables,
+    require_plotting,
     results_table,
     rich_summary,
     summarise,
@@ -56,6 +61,8 @@ USER_ERROR = 2
 UNFINISHED = 3
 # How many validation images budgets are measured on at most.
 _CALIBRATION_IMAGES = 1024
+# How many test images an engine is timed on at most.
+_TIMED_IMAGES = 1024
 
 app = typer.Typer(
     name="dfs",
@@ -382,8 +389,12 @@ def _is_sweep(folder: Path) -> bool:
 @app.command()
 def bench(
     latency_table: Annotated[
-        Path, typer.Option(help="File to write, milliseconds per block shape and width.")
-    ],
+        Path | None,
+        typer.Option(help="File to write, milliseconds per block shape and width of --model."),
+    ] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="File that dfs freeze wrote, to time at every width.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Such as resnet20.")] = "resnet20",
     image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
     channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
@@ -391,11 +402,35 @@ def bench(
     choices: Annotated[str, typer.Option(help="Widths that the gate picks from.")] = "0,2,4,8",
     gate: Annotated[str, typer.Option(help="rnn, feedforward or constant.")] = "rnn",
     stream: Annotated[str, typer.Option(help="uint8 or float32.")] = "uint8",
-    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    batch: Annotated[int, typer.Option(help="Images in a batch of --latency-table.")] = 64,
+    batches: Annotated[
+        str, typer.Option(help="Images in a batch of --engine, several sizes.")
+    ] = "1,8,64,256",
+    peers: Annotated[
+        bool,
+        typer.Option(help="Time PyTorch, ONNX Runtime and OpenVINO beside --engine."),
+    ] = True,
+    dataset: Dataset = None,
+    data: Data = None,
+    waived: Waived = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw the times of --engine to.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a network's parts take on this machine, as the table that a cost needs."""
+    """Measure on this machine: what a network's parts take, or a frozen network beside others.
+
+    With --latency-table, the table that a cost needs. With --engine, the time per image as its
+    gates decide (on the test images of --dataset or --data, else on random ones), with every width
+    forced, and of static networks of the same shape in other runtimes, where they are installed.
+    """
+    if (latency_table is None) == (engine is None):
+        raise UserError("give --latency-table or --engine, one of them")
+    if engine is not None:
+        given = _data_settings(dataset, data, waived)
+        sizes = _parse_sizes(batches)
+        _bench_engine(engine, given, sizes, threads, peers, plot, as_json)
+        return
+    assert latency_table is not None
     try:
         network = build_model(
             model, classes, channels, _parse_choices(choices), stream, gate=gate
@@ -412,6 +447,44 @@ def bench(
         _print_json(table.to_dict())
     else:
         Console().print(_latency_summary(table))
+
+
+def _bench_engine(
+    path: Path,
+    data: dict[str, Any],
+    batches: Sequence[int],
+    threads: int | None,
+    peers: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    if plot is not None:
+        require_plotting()
+    with _user_errors():
+        engine = load_engine(path)
+        images = _images_for(engine, data) if data else None
+        with Console(stderr=True).status("measuring") as status:
+            found = time_engine(engine, images, batches, threads, peers, status.update)
+    title = f"{path.name} ({engine.graph.architecture.name})"
+    if plot is not None:
+        plot_engine_times(plot, found, title)
+    if as_json:
+        _print_json({"engine": str(path), **found.to_dict()})
+        return
+    Console().print(engine_times_table(found, title))
+    for label, reason in found.missing.items():
+        print(f"dfs: {label} left out: {reason}", file=sys.stderr)
+
+
+def _images_for(engine: Engine, settings: dict[str, Any]) -> Tensor:
+    """Test images as the engine takes them."""
+    if engine.preprocessing is None:
+        raise UserError("the engine doesn't say how pictures become its input")
+    folder = Path(settings["data"]) if "data" in settings else None
+    waived = settings.get("allow_unverified", ())
+    size = engine.preprocessing.size if settings["dataset"] == FOLDER else 0
+    found = load_dataset(settings["dataset"], folder=folder, image_size=size, waived=waived)
+    return found.prepared(engine.preprocessing).test.first(_TIMED_IMAGES)
 
 
 @app.command()
@@ -581,6 +654,11 @@ def _parse_choices(text: str) -> tuple[int, ...]:
         return parse_widths(text, "--choices")
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _parse_sizes(text: str) -> Sequence[int]:
+    with _user_errors():
+        return parse_numbers(text, "--batches", int)
 
 
 @contextmanager

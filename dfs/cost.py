@@ -6,6 +6,7 @@ batch of one-hot masks is exact and differentiable.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,14 +50,19 @@ class Cost:
         """A cost that was saved; ValueError unless it is one for so many blocks and choices."""
         if not isinstance(values, dict) or set(values) != {"fixed", "table", "full"}:
             raise ValueError(f"a cost must have fixed, table and full, got {values!r}")
+        if not all(type(values[name]) in (int, float) for name in ("fixed", "full")):
+            raise ValueError("a cost must hold numbers: fixed and full")
         try:
             table = torch.tensor(values["table"], dtype=torch.float64)
             fixed, full = float(values["fixed"]), float(values["full"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a cost must hold numbers: {error}") from None
         if tuple(table.shape) != (blocks, choices) or not full > 0:
             raise ValueError(f"a cost needs a table of {blocks} x {choices} and a positive full")
-        return Cost(fixed * full, table * full, full)
+        cost = Cost(fixed * full, table * full, full)
+        if not (math.isfinite(cost.fixed) and bool(torch.isfinite(cost.table).all())):
+            raise ValueError("a cost must hold finite numbers")
+        return cost
 
     def __call__(self, mask: Tensor) -> Tensor:
         """Cost per sample (N,) of one-hot decisions (N, gated blocks, choices)."""

@@ -110,7 +110,7 @@ class LatencyTable:
         if min(image_size) < 1:
             raise ValueError(f"image_size must be positive, got {image_size}")
         entries: Entries = {}
-        with _threads(threads), torch.no_grad():
+        with thread_count(threads), torch.no_grad():
             for name, make in _parts(model, image_size, batch).items():
                 if progress is not None:
                     progress(name)
@@ -362,7 +362,8 @@ def _milliseconds(value: Any, part: str) -> float:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def thread_count(count: int | None) -> Iterator[None]:
+    """So many threads for PyTorch and the kernels within it; None leaves their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:

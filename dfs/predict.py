@@ -86,6 +86,9 @@ class Predictor:
         engine = load_engine(path)
         if engine.preprocessing is None:
             raise ValueError(f"{path} doesn't say how pictures become its network's input")
+        for name in ("paper", "bitops"):
+            if name not in engine.costs:
+                raise ValueError(f"{path} doesn't say what decisions cost: {name!r} is missing")
 
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
             out = engine(images)

@@ -98,6 +98,7 @@ bool is_finite(const FeatureMap& map, int64_t sample) {
 
 // The two streams take turns at the blocks that change resolution.
 struct Engine::Workspace {
+  AlignedBytes pixels;
   AlignedBytes streams[2];
   AlignedBytes hidden[2];
   AlignedBytes shortcut;
@@ -150,6 +151,9 @@ Engine::Engine(const NetworkSpec& spec)
       pool_padding_(spec.pool_padding),
       gates_(spec),
       classifier_(spec.classifier, kernels()) {
+  if (spec.pixel_values != nullptr) {
+    pixel_table_ = PixelTable(spec.pixel_values, in_channels_, stem_.input_quantizer());
+  }
   int64_t gate_index = 0;
   for (const BlockSpec& from : spec.blocks) {
     Block block;
@@ -203,6 +207,11 @@ void Engine::plan() {
   stem_width_ = width;
   plan_layer(stem_, image, false, nullptr,
              stream_map(stem_stream_, nullptr, channels, height, width));
+  if (takes_pixels()) {
+    pixel_bytes_ = pixel_table_.bytes(in_height_, in_width_);
+    plan_layer(stem_, pixel_table_.map(nullptr, in_height_, in_width_), pixel_table_.gives_codes(),
+               nullptr, stream_map(stem_stream_, nullptr, channels, height, width));
+  }
   plan_stream(stem_stream_);
   if (pool_size_ > 0) {
     height = out_size(height, 2 * pool_padding_, pool_size_, pool_stride_, 1);
@@ -269,6 +278,7 @@ void Engine::plan() {
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto space = std::make_unique<Workspace>();
+  space->pixels = AlignedBytes(pixel_bytes_);
   for (AlignedBytes& stream : space->streams) stream = AlignedBytes(stream_bytes_);
   for (AlignedBytes& hidden : space->hidden) hidden = AlignedBytes(hidden_bytes_);
   space->shortcut = AlignedBytes(shortcut_values_ * sizeof(float));
@@ -286,6 +296,7 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
 
 void Engine::run(const EngineCall& call, const EngineOutput& output) const {
   if (call.batch == 0) return;
+  if (call.pixels.data != nullptr && !takes_pixels()) reject("the network takes no uint8 images");
   const int threads = std::max(call.threads, 1);
   if (threads > 1 && call.batch >= threads) {
     // A sample is far more work than what a second thread costs.
@@ -306,9 +317,20 @@ void Engine::run(const EngineCall& call, const EngineOutput& output) const {
   }
 }
 
+FeatureMap Engine::stem_input(const EngineCall& call, int64_t sample, Workspace& space) const {
+  if (call.pixels.data != nullptr) {
+    const FeatureMap map = pixel_table_.map(space.pixels.data(), in_height_, in_width_);
+    pixel_table_.load(call.pixels, sample, map);
+    return map;
+  }
+  FeatureMap image = call.images;
+  image.values += sample * image.stride_n;
+  return image;
+}
+
 void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int64_t sample,
                         Workspace& space, int threads) const {
-  if (!is_finite(call.images, sample)) {
+  if (call.pixels.data == nullptr && !is_finite(call.images, sample)) {
     std::fill_n(output.logits + sample * classes(), classes(),
                 std::numeric_limits<float>::quiet_NaN());
     if (output.bits != nullptr) std::fill_n(output.bits + sample * gates(), gates(), 0);
@@ -328,12 +350,11 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
 
   space.stream = 0;
   space.has_state = false;
-  FeatureMap image = call.images;
-  image.values += sample * image.stride_n;
+  const FeatureMap image = stem_input(call, sample, space);
   space.map = stream_map(stem_stream_, space.streams[0].data(), stem_.geometry().out_channels,
                          stem_height_, stem_width_);
-  run_layer(stem_, {stem_.widths().bits[0], image, false, nullptr, true, space.map}, space,
-            threads);
+  run_layer(stem_, {stem_.widths().bits[0], image, is_packed(image), nullptr, true, space.map},
+            space, threads);
   if (pool_size_ > 0) pool_stem(space);
   lap(times, 0);
   for (size_t i = 0; i < blocks_.size(); ++i) {

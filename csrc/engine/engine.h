@@ -15,6 +15,7 @@
 #include "gates.h"
 #include "layer.h"
 #include "network.h"
+#include "pixels.h"
 
 namespace dfs {
 
@@ -30,7 +31,8 @@ struct EngineOutput {
 };
 
 struct EngineCall {
-  FeatureMap images;  // float32, (in_channels, height, width)
+  FeatureMap images;   // float32, (in_channels, height, width)
+  PixelImages pixels;  // uint8, instead of `images`
   int64_t batch = 0;
   // Widths for every gated block, (N, gates), instead of the gates' decisions; or null.
   const int32_t* policy = nullptr;
@@ -44,6 +46,7 @@ class Engine {
   explicit Engine(const NetworkSpec& spec);
   ~Engine();
 
+  bool takes_pixels() const { return !pixel_table_.empty(); }
   int64_t classes() const { return classifier_.geometry().out_channels; }
   int64_t gates() const { return gates_.count(); }
   int64_t choices() const { return gates_.choice_count(); }
@@ -69,6 +72,7 @@ class Engine {
   class Lease;
 
   void plan();
+  FeatureMap stem_input(const EngineCall& call, int64_t sample, Workspace& space) const;
   void run_sample(const EngineCall& call, const EngineOutput& output, int64_t sample,
                   Workspace& space, int threads) const;
   void run_block(const Block& block, int32_t bits, Workspace& space, int threads) const;
@@ -82,6 +86,7 @@ class Engine {
   int64_t in_height_;
   int64_t in_width_;
   Layer stem_;
+  PixelTable pixel_table_;
   StreamSpec stem_stream_;
   int64_t stem_height_ = 0;
   int64_t stem_width_ = 0;
@@ -93,6 +98,7 @@ class Engine {
   Layer classifier_;
 
   // Found by plan().
+  size_t pixel_bytes_ = 0;
   size_t stream_bytes_ = 0;
   size_t hidden_bytes_ = 0;
   size_t shortcut_values_ = 0;

@@ -54,6 +54,8 @@ struct NetworkSpec {
   int64_t in_channels = 0;
   int64_t height = 0;
   int64_t width = 0;
+  // (in_channels, 256), the floats that uint8 pixels stand for; null: it takes none.
+  const float* pixel_values = nullptr;
 
   LayerSpec stem;  // at its only width
   StreamSpec stem_stream;

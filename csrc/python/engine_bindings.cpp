@@ -110,6 +110,7 @@ void bind_network(py::module_& module) {
       .def_readwrite("hidden", &dfs::NetworkSpec::hidden)
       .def_readwrite("choices", &dfs::NetworkSpec::choices)
       .def_readwrite("classifier", &dfs::NetworkSpec::classifier);
+  def_address(network, "pixel_values", &dfs::NetworkSpec::pixel_values);
   def_address(network, "weight_ih", &dfs::NetworkSpec::weight_ih);
   def_address(network, "weight_hh", &dfs::NetworkSpec::weight_hh);
   def_address(network, "bias_ih", &dfs::NetworkSpec::bias_ih);
@@ -119,11 +120,13 @@ void bind_network(py::module_& module) {
   def_address(network, "choice_bias", &dfs::NetworkSpec::choice_bias);
 }
 
-void run_engine(const dfs::Engine& engine, const dfs::FeatureMap& images, int64_t batch,
-                Address policy, Address choice_bias, Address logits, Address bits,
+void run_engine(const dfs::Engine& engine, const dfs::FeatureMap& images, Address pixels,
+                int64_t batch, Address policy, Address choice_bias, Address logits, Address bits,
                 Address gate_logits, Address block_times, Address gate_times, int threads) {
   dfs::EngineCall call;
   call.images = images;
+  call.pixels = {pointer<const uint8_t>(pixels), images.stride_n, images.stride_c, images.stride_h,
+                 images.stride_w};
   call.batch = batch;
   call.policy = pointer<const int32_t>(policy);
   call.choice_bias = pointer<const double>(choice_bias);
@@ -145,7 +148,7 @@ void bind_engine(py::module_& module) {
   py::class_<dfs::Engine, std::shared_ptr<dfs::Engine>>(module, "Engine")
       .def(py::init<const dfs::NetworkSpec&>(), "spec"_a)
       .def("weight_bytes", &dfs::Engine::weight_bytes)
-      .def("run", &run_engine, "images"_a, "batch"_a, "policy"_a, "choice_bias"_a, "logits"_a,
-           "bits"_a, "gate_logits"_a, "block_times"_a, "gate_times"_a, "threads"_a,
+      .def("run", &run_engine, "images"_a, "pixels"_a, "batch"_a, "policy"_a, "choice_bias"_a,
+           "logits"_a, "bits"_a, "gate_logits"_a, "block_times"_a, "gate_times"_a, "threads"_a,
            py::call_guard<py::gil_scoped_release>());
 }

@@ -505,6 +505,55 @@ DFS_TEST(engine_spoils_only_the_image_that_is_not_finite) {
   }
 }
 
+DFS_TEST(engine_looks_pixels_up) {
+  for_each_isa([] {
+    Random random(seed());
+    // A stem that multiplies codes, and one that multiplies floats.
+    for (const int32_t stem_bits : {8, 32}) {
+      Network network(random);
+      network.stem = TestLayer(random, 3, 8, 3, 1, {stem_bits});
+      const std::vector<float> values = Network::draw(random, 3 * 256, 2.0f);
+      constexpr int64_t kArea = Network::kHeight * Network::kWidth;
+      // Channels innermost, and a gap behind every pixel that no one may read for one.
+      GuardedBuffer<uint8_t> pixels(static_cast<size_t>(kBatch * kArea * 4));
+      for (int64_t i = 0; i < kBatch * kArea * 4; ++i) {
+        pixels[static_cast<size_t>(i)] = static_cast<uint8_t>(random.integer(0, 255));
+      }
+      for (int64_t n = 0; n < kBatch; ++n) {
+        for (int64_t c = 0; c < 3; ++c) {
+          for (int64_t p = 0; p < kArea; ++p) {
+            const uint8_t pixel = pixels[static_cast<size_t>((n * kArea + p) * 4 + c)];
+            network.images[static_cast<size_t>((n * 3 + c) * kArea + p)] =
+                values[static_cast<size_t>(c * 256 + pixel)];
+          }
+        }
+      }
+      dfs::NetworkSpec spec = network.spec();
+      spec.pixel_values = values.data();
+      const dfs::Engine engine(spec);
+      std::vector<float> logits(static_cast<size_t>(kBatch * engine.classes())), got(logits);
+      dfs::EngineCall call;
+      call.images = network.image_map();
+      call.batch = kBatch;
+      dfs::EngineOutput output;
+      output.logits = logits.data();
+      engine.run(call, output);
+      call.images.values = nullptr;
+      call.pixels = {pixels.data(), kArea * 4, 1, Network::kWidth * 4, 4};
+      output.logits = got.data();
+      for (int threads = 1; threads <= 3; ++threads) {
+        call.threads = threads;
+        std::fill(got.begin(), got.end(), std::nanf(""));
+        engine.run(call, output);
+        for (size_t i = 0; i < got.size(); ++i) {
+          CHECK(got[i] == logits[i], "logit ", i, ", stem at ", stem_bits, " bits, threads ",
+                threads, ": ", got[i], " instead of ", logits[i]);
+        }
+      }
+    }
+  });
+}
+
 DFS_TEST(engine_refuses_parts_that_do_not_fit) {
   Random random(seed());
   Network network(random);
@@ -531,6 +580,13 @@ DFS_TEST(engine_refuses_parts_that_do_not_fit) {
   CHECK(contains(text, "takes 16 channels, but gets 8"), text);
   text = rejection([](dfs::NetworkSpec& spec) { spec.choices.clear(); });
   CHECK(contains(text, "no choices"), text);
+  const dfs::Engine engine(network.spec());
+  dfs::EngineCall call;
+  call.batch = 1;
+  const uint8_t pixel = 0;
+  call.pixels.data = &pixel;
+  text = rejection_of([&] { engine.run(call, {}); });
+  CHECK(contains(text, "takes no uint8 images"), text);
 }
 
 }  // namespace dfs_test

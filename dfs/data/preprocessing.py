@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A file that asks for more is not to be believed.
+_LARGEST_SIDE = 1 << 14
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -32,10 +35,10 @@ class Preprocessing:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.resize < self.size:
+        if not 1 <= self.size <= self.resize <= _LARGEST_SIDE:
             raise ValueError(
-                f"preprocessing: size must be positive and at most resize, "
-                f"got {self.size} and {self.resize}"
+                f"preprocessing: size must be positive and at most resize, and that at most "
+                f"{_LARGEST_SIDE}, got {self.size} and {str(self.resize)[:20]}"
             )
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise ValueError(

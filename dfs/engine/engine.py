@@ -37,6 +37,19 @@ class EngineOutput(NamedTuple):
     cost: Tensor
 
 
+class TimedOutput(NamedTuple):
+    """What :meth:`Engine.timed` gives.
+
+    Attributes:
+        block_nanoseconds: float64 (blocks + 2,), the stem first and the classifier last.
+        gate_nanoseconds: float64 (gated blocks,), which the blocks' own do not contain.
+    """
+
+    output: EngineOutput
+    block_nanoseconds: Tensor
+    gate_nanoseconds: Tensor
+
+
 class BlockTime(NamedTuple):
     """One line of a profile: milliseconds for the whole batch.
 
@@ -78,7 +91,7 @@ class Engine:
             for name, values in dict(self.extra.get(_COSTS, {})).items()
         }
         self._tensors = tensors
-        self._executor = NativeExecutor(graph, tensors)
+        self._executor = NativeExecutor(graph, tensors, _pixel_values(self.preprocessing))
         stored = self.extra.get(_BUDGET)
         self.budget_curve = None if stored is None else BudgetCurve.from_json(stored)
         self._choice_bias: Tensor | None = None
@@ -104,8 +117,9 @@ class Engine:
         """Classify images.
 
         Args:
-            images: float32 (N, C, H, W), contiguous or channels_last, on the CPU; or uint8 pixels
-                of that shape, which are normalized as the network's training images were.
+            images: float32 (N, C, H, W) of any strides, on the CPU; or uint8 pixels of that shape,
+                looked up in a table of :meth:`Preprocessing.normalize` of all 256 levels, so that
+                results are those of the normalized floats, bit for bit.
             policy: None asks the gates; an int out of the choices runs every gated block at that
                 width; an integer tensor (N, gated blocks) gives every decision.
 
@@ -164,16 +178,22 @@ class Engine:
     def _tilted(self, tilt: float) -> Tensor:
         return tilted_bias(self._tensors["gate.choice_bias"], self.choices, tilt)
 
+    def timed(self, images: Tensor, policy: Policy = None) -> TimedOutput:
+        """A call like any other, on one thread, that takes the time of its parts."""
+        arguments = self._arguments(images, policy)
+        found = self._executor.run(*arguments, self._choice_bias, timed=True)
+        assert found.block_times is not None
+        assert found.gate_times is not None
+        return TimedOutput(_output(found), found.block_times, found.gate_times)
+
     def profile(self, images: Tensor, policy: Policy = None, rounds: int = 5) -> list[BlockTime]:
         """Milliseconds of every block for a batch, on one thread: the median of ``rounds``."""
         if rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
-        arguments = self._arguments(images, policy)
-        bias = self._choice_bias
-        self._executor.run(*arguments, bias)
-        runs = [self._executor.run(*arguments, bias, timed=True) for _ in range(rounds)]
-        blocks = torch.stack([_known(r.block_times) for r in runs]).median(0).values / 1e6
-        gates = torch.stack([_known(r.gate_times) for r in runs]).median(0).values / 1e6
+        self.timed(images, policy)
+        runs = [self.timed(images, policy) for _ in range(rounds)]
+        blocks = torch.stack([r.block_nanoseconds for r in runs]).median(0).values / 1e6
+        gates = torch.stack([r.gate_nanoseconds for r in runs]).median(0).values / 1e6
         total = float(blocks.sum() + gates.sum())
         count = len(self.graph.architecture.blocks)
         names = ["stem", *(f"block {i}" for i in range(count)), "classifier"]
@@ -198,12 +218,8 @@ class Engine:
             raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
         if images.device.type != "cpu":
             raise ValueError(f"images must be on the CPU, got {images.device}")
-        if images.dtype == torch.uint8:
-            if self.preprocessing is None:
-                raise ValueError(
-                    "images are uint8, but the engine was frozen without a preprocessing"
-                )
-            images = self.preprocessing.normalize(images)
+        if images.dtype == torch.uint8 and self.preprocessing is None:
+            raise ValueError("images are uint8, but the engine was frozen without a preprocessing")
         return images.detach(), self._policy(policy, images.shape[0])
 
     def _policy(self, policy: Policy, batch: int) -> Tensor | None:
@@ -213,7 +229,9 @@ class Engine:
         if not isinstance(policy, Tensor):
             if isinstance(policy, bool) or not isinstance(policy, int):
                 raise TypeError(f"policy must be None, an int or a tensor, got {policy!r}")
-            policy = torch.full(expected, policy, dtype=torch.int32)
+            if policy not in self.choices:
+                raise ValueError(f"policy is {policy}, which is not one of {self.choices}")
+            return torch.full(expected, policy, dtype=torch.int32)
         if policy.is_floating_point() or policy.dtype == torch.bool:
             raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
         if tuple(policy.shape) != expected:
@@ -241,14 +259,21 @@ def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None
             raise ValueError(f"preprocessing is for {name} {got}, the network for {expected}")
 
 
+def _pixel_values(preprocessing: Preprocessing | None) -> Tensor | None:
+    """What each pixel level stands for, float32 (C, 256)."""
+    if preprocessing is None:
+        return None
+    levels = torch.arange(256, dtype=torch.uint8).repeat(1, preprocessing.channels, 1, 1)
+    values = preprocessing.normalize(levels)[0, :, 0].contiguous()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("preprocessing makes pixels into values that are not finite")
+    return values
+
+
 def _output(found: EngineRun) -> EngineOutput:
-    share = found.bits.double() / 32
-    return EngineOutput(found.logits, found.bits, share.square().mean(1))
-
-
-def _known(times: Tensor | None) -> Tensor:
-    assert times is not None
-    return times
+    # Scaled last: powers of two change no bit, and a call at batch 1 notices every operation.
+    cost = found.bits.double().square_().mean(1).div_(32**2)
+    return EngineOutput(found.logits, found.bits, cost)
 
 
 def freeze(

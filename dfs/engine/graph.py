@@ -6,6 +6,7 @@ which types and shapes, so that a file is either whole or refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,8 @@ STREAMS = ("uint8", "float32")
 GATES = ("rnn", "feedforward", "constant")
 # Far beyond any network, and small enough that sizes computed from them stay ordinary numbers.
 _MOST_CHANNELS, _MOST_BLOCKS, _MOST_PIXELS, _MOST_KERNEL = 1 << 14, 1 << 12, 1 << 24, 64
+# 64 channels of 1024 x 1024; and 500 times a ResNet-101 on an image of 224 x 224.
+_MOST_VALUES, _MOST_MACS = 1 << 26, 1 << 42
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -135,9 +138,6 @@ class EngineGraph:
     levels: tuple[tuple[int, str], ...]
 
     def __post_init__(self) -> None:
-        for size in (*self.image_size, *self._sizes()):
-            if size < 1:
-                raise ValueError(f"image_size {self.image_size} is too small for the network")
         if self.stream not in STREAMS:
             raise ValueError(f"stream must be one of {STREAMS}, got {self.stream!r}")
         if self.gate.kind not in GATES:
@@ -149,20 +149,49 @@ class EngineGraph:
         for bits in (*options, self.ungated_bits):
             if bits not in KERNEL_WIDTHS:
                 raise ValueError(f"widths must be 0 or one of {KERNEL_WIDTHS}, got {bits}")
+        widths = {*options, self.ungated_bits}
+        if {bits for bits, _ in self.levels} != widths:
+            raise ValueError(f"levels must be of the widths {sorted(widths)}, got {self.levels}")
         for layer in self.layers():
             s = layer.shape
             taps = s.in_channels // s.groups * s.kernel**2
             check_accumulator(taps, layer.widths, [kind == "centred" for kind in layer.levels])
+        self._check_sizes()
 
-    def _sizes(self) -> Iterator[int]:
-        size = self.architecture.pooled_size(self.image_size)
-        yield from self.architecture.stem.output_size(self.image_size)
-        yield from size
-        for block, at in self.architecture.block_sizes(self.image_size):
-            current = at
-            for conv in block.convs:
-                current = conv.output_size(current)
-                yield from current
+    def _check_sizes(self) -> None:
+        shape = self.architecture
+        maps = [(shape.in_channels, self.image_size)]
+        maps.append((shape.stem.out_channels, shape.pooled_size(self.image_size)))
+        maps += [(layer.shape.out_channels, size) for layer, size in self._outputs()]
+        for channels, (height, width) in maps:
+            if height < 1 or width < 1:
+                raise ValueError(f"image_size {self.image_size} is too small for the network")
+            if channels * height * width > _MOST_VALUES:
+                raise ValueError(
+                    f"image_size {self.image_size} makes a map of {channels} x {height} x {width} "
+                    f"values, at most {_MOST_VALUES} are allowed"
+                )
+        if self.macs() > _MOST_MACS:
+            raise ValueError(f"an image would take {self.macs()} products, at most {_MOST_MACS}")
+
+    def _outputs(self) -> Iterator[tuple[LayerNode, Size]]:
+        """Every layer with the (H, W) of what it writes."""
+        shape = self.architecture
+        yield self.stem, shape.stem.output_size(self.image_size)
+        for index, (_, size) in enumerate(shape.block_sizes(self.image_size)):
+            branch, shortcut = self.block_layers(index)
+            if shortcut is not None:
+                yield shortcut, shortcut.shape.output_size(size)
+            for layer in branch:
+                size = layer.shape.output_size(size)
+                yield layer, size
+        yield self.classifier, (1, 1)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image with nothing skipped, gates left out."""
+        return sum(
+            math.prod(layer.weight_shape) * size[0] * size[1] for layer, size in self._outputs()
+        )
 
     @property
     def gated_blocks(self) -> int:

@@ -35,13 +35,19 @@ class EngineRun(NamedTuple):
 
 
 class NativeExecutor:
-    """Compiled code for one graph, with its own copy of the weights, re-tiled for this machine."""
+    """Compiled code for one graph, with its own copy of the weights, re-tiled for this machine.
 
-    def __init__(self, graph: EngineGraph, tensors: dict[str, Tensor]) -> None:
+    Args:
+        pixel_values: float32 (C, 256), what uint8 pixels stand for, or None to take none.
+    """
+
+    def __init__(
+        self, graph: EngineGraph, tensors: dict[str, Tensor], pixel_values: Tensor | None = None
+    ) -> None:
         if _cpu is None:
             raise RuntimeError("the compiled module dfs_kernels._cpu is missing")
         self._graph = graph
-        self._engine = _cpu.Engine(_network_spec(graph, tensors))
+        self._engine = _cpu.Engine(_network_spec(graph, tensors, pixel_values))
 
     def weight_bytes(self) -> int:
         """Of all weights as they are held for running."""
@@ -56,9 +62,10 @@ class NativeExecutor:
         timed: bool = False,
         threads: int | None = None,
     ) -> EngineRun:
-        """Classify float32 images (N, C, H, W) of any strides.
+        """Classify images.
 
         Args:
+            images: float32 or uint8 (N, C, H, W) of any strides.
             policy: int32 (N, gated blocks), or None for the gates' decisions.
             choice_bias: float64 (choices,), or None for the network's own.
             timed: measure blocks and gates; on one thread.
@@ -69,32 +76,38 @@ class NativeExecutor:
         bits = torch.empty(batch, gates, dtype=torch.int32)
         asks = policy is None
         gate_logits = torch.empty(batch, gates, choices, dtype=torch.float64) if asks else None
-        times = torch.zeros(len(graph.architecture.blocks) + 2, dtype=torch.float64)
-        gate_times = torch.zeros(gates, dtype=torch.float64)
+        times = gate_times = None
+        if timed:
+            times = torch.zeros(len(graph.architecture.blocks) + 2, dtype=torch.float64)
+            gate_times = torch.zeros(gates, dtype=torch.float64)
         count = torch.get_num_threads() if threads is None else threads
         _, channels, height, width = images.shape
+        values, pixels = images.data_ptr(), 0
+        if images.dtype == torch.uint8:
+            values, pixels = pixels, values
         self._engine.run(
-            _cpu.FeatureMap.of_values(images.data_ptr(), channels, height, width, images.stride()),
+            _cpu.FeatureMap.of_values(values, channels, height, width, images.stride()),
+            pixels,
             batch,
             _address(policy),
             _address(choice_bias),
             logits.data_ptr(),
             bits.data_ptr(),
             _address(gate_logits),
-            times.data_ptr() if timed else 0,
-            gate_times.data_ptr() if timed else 0,
+            _address(times),
+            _address(gate_times),
             1 if timed else count,
         )
-        if timed:
-            return EngineRun(logits, bits, gate_logits, times, gate_times)
-        return EngineRun(logits, bits, gate_logits)
+        return EngineRun(logits, bits, gate_logits, times, gate_times)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _network_spec(graph: EngineGraph, tensors: dict[str, Tensor]) -> Any:
+def _network_spec(
+    graph: EngineGraph, tensors: dict[str, Tensor], pixel_values: Tensor | None
+) -> Any:
     """The graph for the compiled module, which copies what the addresses lead to."""
 
     def layer(node: LayerNode) -> Any:
@@ -123,6 +136,7 @@ def _network_spec(graph: EngineGraph, tensors: dict[str, Tensor]) -> Any:
     spec = _cpu.NetworkSpec()
     spec.in_channels = shape.in_channels
     spec.height, spec.width = graph.image_size
+    spec.pixel_values = _address(pixel_values)
     spec.stem, spec.stem_stream = layer(graph.stem), stream(0)
     if shape.pool is not None:
         spec.pool_size, spec.pool_stride = shape.pool.kernel, shape.pool.stride

@@ -1,5 +1,6 @@
 """Tables, plots and pages of what was measured."""
 
+from dfs.report.engine_times import engine_times_table, plot_engine_times
 from dfs.report.plots import (
     COST_LABELS,
     pareto_front,
@@ -27,8 +28,10 @@ __all__ = [
     "ResultRow",
     "SummaryRow",
     "describe_result",
+    "engine_times_table",
     "pareto_front",
     "plot_decisions",
+    "plot_engine_times",
     "plot_run",
     "plot_sheet",
     "plot_tradeoff",

@@ -18,7 +18,7 @@ from dfs.report.summary import SummaryRow
 _COLOURS = {0: "#e8e8e8", 2: "#a6cee3", 4: "#5aa5cf", 8: "#2171b5", 32: "#08306b"}
 _PALEST, _DARKEST = 0.25, 1.0
 # Of methods: Okabe and Ito's palette, which colour-blind readers can tell apart.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
 COST_LABELS = {
     "paper_cost": "paper cost, % of full precision",
@@ -33,7 +33,8 @@ def require_plotting() -> None:
         raise ImportError("plots need matplotlib; pip install matplotlib")
 
 
-def _pyplot() -> Any:
+def pyplot_for_files() -> Any:
+    """Matplotlib's pyplot without a display; ImportError where it is missing."""
     require_plotting()
     import matplotlib
 
@@ -43,7 +44,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG beside and rename, and close the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -51,14 +53,14 @@ def _save(figure: Any, path: Path) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-        _pyplot().close(figure)
+        pyplot_for_files().close(figure)
 
 
 def width_colours(choices: Sequence[int]) -> dict[int, Any]:
     """A colour for every width, darker with every bit."""
     if set(choices) <= set(_COLOURS):
         return {width: _COLOURS[width] for width in choices}
-    shades = _pyplot().get_cmap("Blues")
+    shades = pyplot_for_files().get_cmap("Blues")
     widths = sorted(width for width in choices if width)
     span = max(len(widths) - 1, 1)
     darker = {w: _PALEST + (_DARKEST - _PALEST) * i / span for i, w in enumerate(widths)}
@@ -77,7 +79,7 @@ def plot_decisions(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     figure, panels = pyplot.subplots(
         len(decisions), 1, figsize=(7, 0.6 + 2.2 * len(decisions)), squeeze=False, sharex=True
     )
@@ -93,7 +95,7 @@ def plot_decisions(
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, title="bits")
     figure.tight_layout(rect=(0, 0, 0.87, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _stack(axis: Any, bits: Tensor, choices: Sequence[int]) -> None:
@@ -133,7 +135,7 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     known = [r for r in rows if r.accuracy is not None and getattr(r, cost) is not None]
     if not known:
         return False
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
     points = [(100 * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
     front = [points[i] for i in pareto_front(points)]
@@ -147,7 +149,7 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
             [points[k][1] for k in own],
             yerr=[100 * (known[k].spread or 0.0) for k in own],
             fmt=_MARKERS[i % len(_MARKERS)],
-            color=_PALETTE[i % len(_PALETTE)],
+            color=PALETTE[i % len(PALETTE)],
             capsize=2,
             label=label,
             zorder=2,
@@ -159,7 +161,7 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -186,7 +188,7 @@ def plot_sheet(
     Args:
         groups: title to pictures, a row each.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     columns = max(map(len, groups.values()))
     figure = pyplot.figure(figsize=(1.15 * columns, 2.4 * len(groups)), layout="constrained")
     colours = width_colours(choices)
@@ -205,7 +207,7 @@ def plot_sheet(
     figure.legend(
         handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_picture(shown: Any, spent: Any, picture: SheetImage, colours: Mapping[int, Any]) -> None:
@@ -231,19 +233,19 @@ def plot_curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
                 curves.setdefault(name, []).append((line["step"], line[name]))
     if not stages:
         return False
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     figure, panels = pyplot.subplots(
         1, len(stages), figsize=(2.6 * len(stages), 2.4), squeeze=False
     )
     for (stage, curves), axis in zip(stages.items(), panels[0], strict=True):
         for i, (name, points) in enumerate(curves.items()):
             steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, linewidth=0.8, color=_PALETTE[i], label=name)
+            axis.plot(steps, values, linewidth=0.8, color=PALETTE[i], label=name)
         axis.set_title(stage, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -254,14 +256,14 @@ def plot_spending(path: Path, costs: Tensor, correct: Tensor) -> None:
         costs: (N,), fractions of full precision.
         correct: bool (N,).
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     figure, axis = pyplot.subplots(figsize=(7, 2.6))
     percent = 100 * costs.double()
     edges = torch.linspace(float(percent.min()), float(percent.max()) + 1e-9, 25).tolist()
     groups = [percent[correct].tolist(), percent[~correct].tolist()]
-    axis.hist(groups, edges, stacked=True, color=[_PALETTE[0], _PALETTE[1]])
+    axis.hist(groups, edges, stacked=True, color=[PALETTE[0], PALETTE[1]])
     axis.legend(["classified rightly", "wrongly"], frameon=False, fontsize=8)
     axis.set_xlabel("cost of an image, % of full precision")
     axis.set_ylabel("images")
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)

@@ -190,8 +190,8 @@ def test_without_a_file_the_newest_result_is_read(
         ("\0\x80", "is not JSON"),
         ("[]", "not what --benchmark-json wrote"),
         ('{"benchmarks": 3}', "not what --benchmark-json wrote"),
-        ('{"benchmarks": []}', "holds no benchmarks of layers or bars"),
-        ('{"benchmarks": [{"extra_info": {}}]}', "holds no benchmarks of layers or bars"),
+        ('{"benchmarks": []}', "holds no benchmarks of layers, networks or bars"),
+        ('{"benchmarks": [{"extra_info": {}}]}', "holds no benchmarks of layers, networks or bars"),
         ('{"benchmarks": [{"stats": {}}]}', "not understood"),
         ('{"benchmarks": [{"extra_info": {"kind": "bar"}}]}', "not understood"),
         ('{"benchmarks": ["x"]}', "not understood"),
@@ -229,3 +229,27 @@ def test_a_plot_of_bars_only_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert report.main([str(path), "--plot", str(tmp_path / "a.png")]) == 2
     assert "bars only" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+
+
+def test_networks_are_shown_in_milliseconds_per_image(tmp_path: Path) -> None:
+    def network(contestant: str, milliseconds: float, batch: int) -> Any:
+        info = {
+            "kind": "network",
+            "contestant": contestant,
+            "label": contestant.upper(),
+            "network": "ResNet-38",
+            "batch": batch,
+            "threads": 2,
+            "seconds": milliseconds / 1e3,
+        }
+        return {"stats": {"median": 1.0}, "extra_info": info}
+
+    path = run_file(
+        tmp_path / "run.json",
+        [network("dfs_8", 0.5, 1), network("dfs_8", 6.4, 64), network("peer", 2.0, 1)],
+    )
+    text = report.markdown(report.load(path))
+    header = row(text, "", "ResNet-38, batch 1, 2 threads")
+    assert header[2] == "ResNet-38, batch 64, 2 threads"
+    assert row(text, "DFS_8") == ["DFS_8", "0.500", "0.100"]
+    assert row(text, "PEER") == ["PEER", "2.00", "-"]

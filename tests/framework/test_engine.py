@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dfs import Engine, freeze, load_engine
+from dfs.data import Preprocessing
 from dfs.models import PAPER, DynamicResNet
-from dfs.models.architecture import Architecture, bottleneck
-from dfs.nn.shapes import ConvShape, PoolShape
 from dfs_kernels import use_backend
+from tests.framework.engine_networks import lively_network, small_bottlenecks
 
 SIZE = (12, 10)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -32,28 +34,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def bottlenecks() -> Architecture:
-    """Like an ImageNet network, in small: large stem, max pool, grouped and strided bottlenecks."""
-    blocks = (bottleneck(8, 4, 1), bottleneck(16, 4, 1), bottleneck(16, 6, 2), bottleneck(24, 6, 1))
-    return Architecture(ConvShape(3, 8, 5, 2, 2), PoolShape(3, 2, 1), blocks, 7, name="small")
-
-
 def make_model(architecture: Any = 14, **options: Any) -> DynamicResNet:
     """A network in evaluation mode whose decisions differ between images and blocks."""
     torch.manual_seed(5)
-    shape = bottlenecks() if architecture == "bottlenecks" else architecture
-    model = DynamicResNet(shape, 7, 3, **options)
-    for name, parameter in model.named_parameters():
-        if "bn" in name:
-            parameter.data += torch.randn_like(parameter) * 0.2
-        if name.startswith(("gate.embed", "gate.proj")):
-            parameter.data *= 30 if name.endswith("weight") else 0
-        if name == "gate.logits":
-            parameter.data.normal_()
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer += torch.rand_like(buffer) * 0.3
-    return model.eval()
+    shape = small_bottlenecks(3) if architecture == "bottlenecks" else architecture
+    return lively_network(shape, 3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +125,93 @@ def test_images_of_any_strides(engine: Engine, images: Tensor) -> None:
     assert torch.equal(engine(wide[..., ::2]).logits, expected)
 
 
-def test_several_threads_may_call_at_once(engine: Engine, images: Tensor) -> None:
+PREPROCESSING = Preprocessing(12, 13, (0.49, 0.48, 0.44), (0.2, 0.1, 0.3), tuple("abcdefg"))
+PIXELS = torch.randint(256, (5, 3, 12, 12), dtype=torch.uint8)
+PIXELS.view(5, 3, -1)[:2, :, :128] = torch.arange(256, dtype=torch.uint8).view(2, 1, 128)
+
+
+@pytest.fixture(scope="module", params=[8, 32], ids=["8bits", "32bits"])
+def pixel_engine(request: pytest.FixtureRequest) -> Engine:
+    """With a stem that multiplies codes, or floats."""
+    return freeze(make_model(ungated_bits=request.param), (12, 12), PREPROCESSING)
+
+
+def test_pixels_give_what_their_normalized_floats_give(pixel_engine: Engine) -> None:
+    expected = pixel_engine(PREPROCESSING.normalize(PIXELS))
+    assert len(expected.bits.unique()) > 1
+    last = PIXELS.contiguous(memory_format=torch.channels_last)
+    wide = torch.zeros(5, 3, 24, 12, dtype=torch.uint8)
+    wide[:, :, ::2] = PIXELS
+    for given in (PIXELS, last, wide[:, :, ::2], PIXELS.flip(0).flip(0)):
+        found = pixel_engine(given)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.bits, expected.bits)
+    grey = PIXELS[:, :1].expand(-1, 3, -1, -1)
+    assert torch.equal(
+        pixel_engine(grey).logits, pixel_engine(PREPROCESSING.normalize(grey)).logits
+    )
+
+
+def test_pixels_make_no_float_image(pixel_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pixel_engine(PIXELS).logits
+    monkeypatch.setattr(Preprocessing, "normalize", None)
+    assert torch.equal(pixel_engine(PIXELS).logits, expected)
+    with torch.profiler.profile(profile_memory=True) as record:
+        pixel_engine(PIXELS)
+    largest = max(event.self_cpu_memory_usage for event in record.events())
+    assert 0 < largest < PIXELS.numel()
+
+
+def test_pixels_survive_a_file(pixel_engine: Engine, tmp_path: Path) -> None:
+    pixel_engine.save(tmp_path / "network.dfs")
+    loaded = load_engine(tmp_path / "network.dfs")
+    assert torch.equal(loaded(PIXELS).logits, pixel_engine(PIXELS).logits)
+
+
+def test_pixels_without_a_preprocessing_are_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="frozen without a preprocessing"):
+        engine(torch.zeros(1, 3, *SIZE, dtype=torch.uint8))
+
+
+def test_a_preprocessing_that_overflows_is_refused() -> None:
+    odd = replace(PREPROCESSING, mean=(0.5, 1e39, 0.5))
+    with pytest.raises(ValueError, match="preprocessing makes pixels into values that are not"):
+        freeze(make_model(), (12, 12), odd)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_number_of_threads_is_pytorchs(
+    engine: Engine, images: Tensor, count: int, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    native = engine._executor._engine
+
+    class Spy:
+        def run(self, *arguments: Any) -> None:
+            given.append(arguments[-1])
+            native.run(*arguments)
+
+    monkeypatch.setattr(engine._executor, "_engine", Spy())
+    torch.set_num_threads(count)
+    engine(images)
+    engine.timed(images)
+    assert given == [count, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_threads_may_call_at_once(
+    engine: Engine, images: Tensor, count: int, threads: None
+) -> None:
+    """Batches of several sizes at once, each caller's on ``count`` threads."""
     expected = engine(images).logits
     results: list[Tensor] = []
 
-    def work() -> None:
+    def work(size: int) -> None:
+        torch.set_num_threads(count)
         for _ in range(20):
-            results.append(engine(images).logits)
+            results.append(torch.cat([engine(part).logits for part in images.split(size)]))
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
+    workers = [threading.Thread(target=work, args=(size,)) for size in (1, 2, 4, len(images))]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -211,7 +274,7 @@ def test_wrong_images_are_refused(
 @pytest.mark.parametrize(
     ("policy", "error", "message"),
     [
-        (3, ValueError, r"policy\[0, 0\] is 3"),
+        (3, ValueError, "policy is 3, which is not one of"),
         (True, TypeError, "policy must be None, an int or a tensor"),
         (torch.zeros(9, 5), TypeError, "policy must be an integer tensor"),
         (torch.zeros(9, 4, dtype=torch.int32), ValueError, "policy must have shape"),
@@ -257,14 +320,21 @@ def test_a_file_gives_the_same_engine_back(name: str, images: Tensor, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["network.dfs"]
 
 
-def test_weights_take_what_their_widths_take(engine: Engine) -> None:
-    """2, 4 and 8 bits together: no float copy among them."""
-    macs = sum(
-        layer.weight_shape[0] * layer.weight_shape[1] * layer.weight_shape[2] ** 2
-        for layer in engine.graph.layers()
-        if len(layer.widths) == 3
-    )
-    assert engine.nbytes < 2 * macs * (2 + 4 + 8) / 8 + 100_000
+@pytest.mark.parametrize("choices", [(0, 2, 4, 8), (0, 8), (0, 2, 32)])
+def test_weights_take_what_their_widths_take(choices: tuple[int, ...]) -> None:
+    """A float copy is kept for 32 bits, and for nothing else."""
+    engine = freeze(make_model(choices=choices), SIZE)
+    sizes = [(layer.widths, math.prod(layer.weight_shape)) for layer in engine.graph.layers()]
+    float_copy = 4 * sum(count for _, count in sizes)
+    floats = 4 * sum(count for widths, count in sizes if 32 in widths)
+    assert (floats > 0) == (32 in choices)
+    packed = sum(layer.layout.offsets()[-1] for layer in engine.graph.layers())
+    # Channels begin at whole bytes.
+    assert packed < 1.01 * sum(count * sum(widths) / 8 for widths, count in sizes)
+    assert packed < engine.nbytes < packed + 0.1 * float_copy
+    # As they are held for running, 4 bits take as much as 8.
+    assert engine.weight_bytes() < floats + float_copy
+    assert engine.weight_bytes() < 2 * packed
 
 
 def test_a_profile_covers_every_block(engine: Engine, images: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfs import Engine, freeze, load_engine
-from dfs.engine.budget import BudgetCurve, BudgetPoint, measure_curve
+from dfs.engine.budget import BudgetCurve, BudgetPoint, measure_curve, tilted_bias
 from tests.framework.test_engine import SIZE, make_model
 
 
@@ -26,6 +26,16 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(60, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def test_tilts_spare_skips_downwards_and_wake_them_upwards() -> None:
+    bias = torch.tensor([0.5, 0.0, -1.0, 2.0], dtype=torch.float64)
+    choices = (0, 2, 4, 8)
+    assert torch.equal(tilted_bias(bias, choices, 0.0), bias)
+    cheaper = tilted_bias(bias, choices, 16.0) - bias
+    assert cheaper.tolist() == [0, -1, -4, -16]
+    dearer = tilted_bias(bias, choices, -16.0) - bias
+    assert dearer.tolist() == [0, 4, 8, 16]
 
 
 def test_tilts_are_interpolated_between_points() -> None:
@@ -51,7 +61,14 @@ def test_curves_that_do_not_ascend_are_refused(points: Any) -> None:
 def test_a_curve_survives_json() -> None:
     curve = BudgetCurve((point(4, 0.0), BudgetPoint(1.0, 0.02, 0.5, 1.0, 3.0)))
     assert BudgetCurve.from_json(curve.to_json()) == curve
-    for wrong in ({}, [1], [{"tilt": 1}], [{**curve.to_json()[0], "cost": "low"}]):
+    for wrong in (
+        {},
+        [1],
+        [{"tilt": 1}],
+        [{**curve.to_json()[0], "cost": "low"}],
+        [{**curve.to_json()[0], "p99": float("nan")}],
+        [{**curve.to_json()[0], "tilt": 10**400}],
+    ):
         with pytest.raises(ValueError, match="budget curve"):
             BudgetCurve.from_json(wrong)
 

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from dfs import Engine, freeze, load_engine
-from dfs.engine import file
+from dfs.data import Preprocessing
+from dfs.engine import file, graph
 from dfs.engine.graph import EngineGraph
+from dfs.predict import Predictor
 from tests.framework.test_engine import SIZE, make_model
 
 
@@ -112,6 +114,8 @@ def _set(*path: Any, value: Any) -> Edit:
         (_set("gate", "kind", value="oracle"), "gate must be one of"),
         (_set("gate", "deviation", value=1), "gate.deviation must be true or false"),
         (_set("levels", value={"2": "odd"}), "levels"),
+        (_set("levels", value={"2": "centred", "8": "twos"}), "levels must be of the widths"),
+        (_set("image_size", value=[4096, 4096]), "makes a map of 16 x 4096 x 4096 values"),
         (_set("architecture", "stem", "stride", value=0), "stem.stride must be an integer"),
         (_set("architecture", "stem", "groups", value=2), "stem.groups must divide"),
         (_set("architecture", "blocks", value=[]), "blocks must be at least two"),
@@ -125,6 +129,16 @@ def test_graphs_that_make_no_sense_are_refused(engine: Engine, edit: Edit, messa
     edit(data)
     with pytest.raises(ValueError, match=message):
         EngineGraph.from_json(data)
+
+
+def test_a_network_of_endless_work_is_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    macs = make_model(8).macs(*SIZE).total
+    assert engine.graph.macs() == macs
+    monkeypatch.setattr(graph, "_MOST_MACS", macs - 1)
+    with pytest.raises(ValueError, match=f"an image would take {macs} products, at most"):
+        EngineGraph.from_json(engine.graph.to_json())
 
 
 def _tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
@@ -157,6 +171,44 @@ def test_tensors_that_do_not_fit_are_refused(
     file.save_graph(path, engine.graph, {k: v.contiguous().clone() for k, v in tensors.items()}, {})
     with pytest.raises(ValueError, match=f"is not a usable engine.*{message}"):
         load_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "a cost must hold finite numbers"),
+        (float("inf"), "a cost must hold finite numbers"),
+        (10**400, "a cost must hold numbers"),
+        ("1", "a cost must hold numbers"),
+    ],
+)
+@pytest.mark.parametrize("place", ["fixed", "table", "full"])
+def test_costs_that_make_no_sense_are_refused(
+    engine: Engine, place: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    costs = copy.deepcopy(engine.extra["costs"])
+    if place == "full" and value != value:
+        message = "a cost needs a table of 2 x 4 and a positive full"
+    if place == "table":
+        costs["paper"]["table"][0][0] = value
+    else:
+        costs["paper"][place] = value
+    path = tmp_path / "network.dfs"
+    file.save_graph(path, engine.graph, engine._tensors, {"costs": costs})
+    with pytest.raises(ValueError, match=f"is not a usable engine: {message}"):
+        load_engine(path)
+
+
+def test_predicting_needs_to_know_what_decisions_cost(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "network.dfs"
+    pixels = Preprocessing(12, 12, (0.5,) * 3, (0.2,) * 3, tuple("abcdefg"))
+    square = freeze(make_model(8), (12, 12), pixels)
+    file.save_graph(
+        path, square.graph, square._tensors, {"preprocessing": square.extra["preprocessing"]}
+    )
+    assert load_engine(path).costs == {}
+    with pytest.raises(ValueError, match="doesn't say what decisions cost: 'paper' is missing"):
+        Predictor.from_engine(path)
 
 
 def test_what_travels_along_comes_back(engine: Engine, tmp_path: Path) -> None:

@@ -11,18 +11,12 @@ instruction set passed, by width, kernel, stride and groups.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,8 +36,7 @@ from tests.kernels.cases import (
     within_bound,
 )
 from tests.kernels.wide_cases import KERNELS, draw_case
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.record import circumstances, write_record
 
 # ISA, width, kernel, stride, groups.
 Cell = tuple[str, int, str, str, str]
@@ -146,35 +139,6 @@ def _same(first: Result, again: Result, order: Sequence[int], what: str) -> None
             raise MismatchError(f"{what}: sample {n} is not as before")
 
 
-# The record
-
-
-def _commit() -> str | None:
-    """The commit checked out, marked if files differ from it; None outside of a repository."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _package_version() -> str | None:
-    try:
-        return version("dynamic-fractional-skipping")
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def make_record(seed: int, first: int, cases: int, tally: Tally, seconds: float) -> dict[str, Any]:
     cells: dict[str, dict[str, int]] = {}
     for (isa, width, kernel, stride, groups), count in sorted(tally.cells.items()):
@@ -188,24 +152,9 @@ def make_record(seed: int, first: int, cases: int, tally: Tally, seconds: float)
         "cases_per_isa": dict(tally.cases),
         "samples_per_isa": dict(tally.samples),
         "smallest_cell": min(tally.cells.values()),
-        "commit": _commit(),
-        "versions": {
-            "dynamic-fractional-skipping": _package_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "processor": _processor(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "seconds": round(seconds),
+        **circumstances(seconds),
         "cells": cells,
     }
-
-
-def _write(record: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seed, options.first, options.cases, tally, time.monotonic() - start
     )
     if options.out is not None:
-        _write(record, options.out)
+        write_record(record, options.out)
     counts = ", ".join(f"{isa} {count}" for isa, count in tally.cases.items())
     print(
         f"exact: seed {options.seed}, cases passed: {counts}; {len(tally.cells)} cells of at least "

@@ -1,0 +1,187 @@
+"""How long a frozen network takes for an image, at every width and beside other runtimes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfs.engine.engine import Engine
+from dfs.engine.peers import PEERS, Call, PeerUnavailableError, StaticNetwork
+from dfs.latency import describe_machine, thread_count
+
+BATCHES = (1, 8, 64, 256)
+GATES = "gates"
+# Images that take turns at batch 1, where what the gates decide makes the difference.
+_DIFFERENT_IMAGES = 256
+_ROUNDS = 10
+# Of all calls of a contestant at one batch size, about.
+_SECONDS = 0.5
+_FEWEST_CALLS, _MOST_CALLS_PER_ROUND = 1, 50
+# Until PyTorch's threads have stopped spinning, which would take a core from whoever is next.
+_PAUSE_SECONDS = 0.015
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EngineTime:
+    """What one contestant took at one batch size.
+
+    Attributes:
+        name: "gates" for the engine's own decisions, "8" and so on for a forced width, or a peer's.
+        p50, p99: milliseconds per image, over the calls.
+        cost: mean of (bits/32)^2 over images and gated blocks; None of a peer.
+    """
+
+    name: str
+    label: str
+    batch: int
+    p50: float
+    p99: float
+    calls: int
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """A comparison.
+
+    Attributes:
+        missing: why a peer could not run, by its label.
+        machine: what times depend on.
+    """
+
+    times: tuple[EngineTime, ...]
+    threads: int
+    missing: dict[str, str]
+    machine: dict[str, str]
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({found.batch for found in self.times})
+
+    def rows(self) -> dict[str, dict[int, EngineTime]]:
+        """By label, then batch, in the order in which they were timed."""
+        rows: dict[str, dict[int, EngineTime]] = {}
+        for found in self.times:
+            rows.setdefault(found.label, {})[found.batch] = found
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "times": [asdict(found) for found in self.times]}
+
+
+def time_engine(
+    engine: Engine,
+    images: Tensor | None = None,
+    batches: Sequence[int] = BATCHES,
+    threads: int | None = None,
+    peers: bool = True,
+    progress: Progress | None = None,
+) -> EngineTimes:
+    """Time an engine as its gates decide and at every width, and static networks of its shape.
+
+    All contestants at a batch size take turns, so that what disturbs the machine disturbs all.
+    Every call takes other images while there are any. Peers have random weights: times do not
+    depend on them.
+
+    Args:
+        images: float32 or uint8 as the engine takes them, on which the gates decide; random
+            floats by default.
+        batches: numbers of images in a call.
+        threads: of all contestants; None leaves the number as it is.
+        peers: whether to time PyTorch, ONNX Runtime and OpenVINO too, where they are installed.
+        progress: told of each batch size before it is timed.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batches must be positive, got {tuple(batches)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be positive, got {threads}")
+    shape = (engine.graph.architecture.in_channels, *engine.graph.image_size)
+    if images is None:
+        images = torch.randn(_DIFFERENT_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+    if len(images) == 0:
+        raise ValueError("images must not be empty")
+    times: list[EngineTime] = []
+    missing: dict[str, str] = {}
+    network = StaticNetwork(engine.graph.architecture, engine.graph.image_size) if peers else None
+    with thread_count(threads), torch.no_grad():
+        used = torch.get_num_threads()
+        for batch in batches:
+            if progress is not None:
+                progress(f"batch {batch}")
+            times += _time_batch(engine, network, images, batch, used, missing)
+    return EngineTimes(tuple(times), used, missing, describe_machine())
+
+
+def _time_batch(
+    engine: Engine,
+    network: StaticNetwork | None,
+    images: Tensor,
+    batch: int,
+    threads: int,
+    missing: dict[str, str],
+) -> Iterator[EngineTime]:
+    calls: dict[tuple[str, str], Call] = {
+        (GATES, "DFS, as its gates decide"): _engine_call(engine, images, batch, None)
+    }
+    costs = {GATES: float(engine(_repeated(images, max(batch, len(images)))).cost.mean())}
+    for width in reversed(engine.choices):
+        label = f"DFS, all {width} bits" if width else "DFS, all skipped"
+        calls[str(width), label] = _engine_call(engine, images, batch, width)
+        costs[str(width)] = (width / 32) ** 2
+    if network is not None:
+        fixed = network.images(batch)
+        for peer in PEERS:
+            if peer.many_only and min(batch, threads) == 1:
+                continue
+            try:
+                calls[peer.name, peer.label] = peer.prepare(network, fixed, threads)
+            except PeerUnavailableError as reason:
+                missing[peer.label] = str(reason)
+    for (name, label), seconds in zip(calls, _take_turns(list(calls.values())), strict=True):
+        quantiles = torch.tensor([0.5, 0.99], dtype=torch.float64)
+        each = torch.tensor(seconds, dtype=torch.float64) * 1e3 / batch
+        p50, p99 = each.quantile(quantiles).tolist()
+        yield EngineTime(name, label, batch, p50, p99, len(seconds), costs.get(name))
+
+
+def _engine_call(engine: Engine, images: Tensor, batch: int, policy: int | None) -> Call:
+    parts = cycle(_repeated(images, max(batch, len(images) // batch * batch)).split(batch))
+    return lambda: engine(next(parts), policy)
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    """So many images, from the beginning again where there are fewer."""
+    return images[torch.arange(count) % len(images)]
+
+
+def _take_turns(calls: Sequence[Call]) -> list[list[float]]:
+    """Seconds of every call of each contestant, a round of some calls at a time."""
+    counts = []
+    for call in calls:
+        call()
+        wanted = _SECONDS / _ROUNDS / max(_seconds(call), 1e-6)
+        counts.append(min(max(round(wanted), _FEWEST_CALLS), _MOST_CALLS_PER_ROUND))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for call, count, seconds in zip(calls, counts, times, strict=True):
+            time.sleep(_PAUSE_SECONDS)
+            call()
+            seconds += [_seconds(call) for _ in range(count)]
+    return times
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
