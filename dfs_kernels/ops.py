@@ -20,7 +20,13 @@ from torch import Tensor
 
 from dfs_kernels import backends
 from dfs_kernels.block import BlockCall, LayerCall, Stream, run_block
-from dfs_kernels.call import ConvCall, ConvWeight, GradientsWanted, check_bits
+from dfs_kernels.call import (
+    ConvCall,
+    ConvWeight,
+    GradientsWanted,
+    check_bits,
+    gradient_shapes,
+)
 from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
@@ -693,15 +699,7 @@ def mixed_conv2d_backward_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, ...
 @mixed_conv2d_backward_op.register_fake
 def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, ...]:
     a = _named(_BACKWARD_TENSORS, tensors, scalars)
-    count, out_channels = len(a.bit_options), a.geometry.out_channels
-    shapes = {
-        "input": tuple(a.input.shape),
-        "weight": a.geometry.weight_shape,
-        "input_scale": (count,),
-        "weight_scale": (count, out_channels),
-        "mul": (count, out_channels),
-        "add": (count, out_channels),
-    }
+    shapes = gradient_shapes(a.input.shape, a.geometry.weight_shape, len(a.bit_options))
     return tuple(
         a.input.new_empty(shapes[name] if scalars[f"needs_{name}"] else (0,))
         for name in _BACKWARD_RESULTS

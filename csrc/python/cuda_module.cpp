@@ -137,6 +137,13 @@ void bind_convolution(py::module_& module) {
         dfs::cuda::mixed_conv2d(args, stream_of(stream));
       },
       "args"_a, "stream"_a, Unlocked());
+  module.def("backward_scratch_bytes", &dfs::cuda::backward_scratch_bytes, "args"_a);
+  module.def(
+      "mixed_conv2d_backward",
+      [](const dfs::MixedConv2dBackwardArgs& args, Address scratch, bool tf32, Address stream) {
+        dfs::cuda::mixed_conv2d_backward(args, pointer<void>(scratch), tf32, stream_of(stream));
+      },
+      "args"_a, "scratch"_a, "tf32"_a, "stream"_a, Unlocked());
   module.def(
       "rnn_gate",
       [](const dfs::RnnGateArgs& args, Address stream) {

@@ -151,35 +151,10 @@ def mixed_conv2d_backward(
         # The compiled form serves training, where weights are float; this one is for input
         # gradients through a packed network, which is rare.
         return reference.mixed_conv2d_backward(call, grad_output, wanted)
-    count, out_channels = len(weight.options), weight.shape[0]
     values = weight.data.contiguous()
-    gradients = ConvGradients(
-        torch.empty(x.shape) if wanted.input else None,
-        torch.empty(weight.shape) if wanted.weight else None,
-        torch.empty(count) if wanted.input_scale else None,
-        torch.empty(count, out_channels) if wanted.weight_scale else None,
-        torch.empty(count, out_channels) if wanted.mul else None,
-        torch.empty(count, out_channels) if wanted.add else None,
-    )
-    args = _cpu.MixedConv2dBackwardArgs()
-    args.batch = call.batch
-    args.bits = call.bits.data_ptr()
-    args.geometry = native.geometry(_cpu, call.geometry)
-    args.widths = list(weight.options)
-    args.centred = list(weight.centred)
-    args.input = _feature_map(x)
-    if call.input_quantizer is not None:
-        args.input_quantizer = native.quantizer(_cpu, call.input_quantizer)
+    gradients = ConvGradients.empty(call, wanted)
+    args = native.mixed_conv2d_backward_args(_cpu, call, grad_output, gradients)
     args.weight = values.data_ptr()
-    args.weight_scale = native.pointer(weight.scale)
-    args.mul, args.bias = native.pointer(call.mul), native.pointer(call.bias)
-    args.grad_output = _feature_map(grad_output)
-    args.grad_input = native.pointer(gradients.input)
-    args.grad_weight = native.pointer(gradients.weight)
-    args.grad_input_scale = native.pointer(gradients.input_scale)
-    args.grad_weight_scale = native.pointer(gradients.weight_scale)
-    args.grad_mul = native.pointer(gradients.mul)
-    args.grad_add = native.pointer(gradients.add)
     _cpu.mixed_conv2d_backward(args, _threads())
     return gradients
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfs_kernels.backends import native, reference, triton
+from dfs_kernels.backends import native
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
@@ -158,13 +158,23 @@ def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation) -> None:
 def mixed_conv2d_backward(
     call: ConvCall, grad_output: Tensor, wanted: GradientsWanted
 ) -> ConvGradients:
-    """On Triton's kernels where they run: these here have no gradients.
-
-    Training multiplies in float32, where packed operands gain nothing.
-    """
-    on_gpu = not _EMULATOR and triton.unavailable_reason() is None
-    module = triton if on_gpu else reference
-    return module.mixed_conv2d_backward(call, grad_output, wanted)
+    x, weight = call.input, call.weight
+    if not isinstance(x, Tensor):
+        raise ValueError("gradients of a mixed convolution need a float input, got a packed one")
+    gradients = ConvGradients.empty(call, wanted)
+    args = native.mixed_conv2d_backward_args(_cuda, call, grad_output, gradients)
+    if weight.is_packed:
+        kept = [_canonical_codes(weight, i) for i in range(len(weight.options))]
+        args.packed_weight = [codes.data_ptr() for codes in kept]
+    else:
+        kept = [weight.data.contiguous()]
+        args.weight = kept[0].data_ptr()
+    size = _cuda.backward_scratch_bytes(args)
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    with _on(x.device) as stream:
+        _cuda.mixed_conv2d_backward(args, scratch.data_ptr(), _takes_tf32(), stream)
+    del kept
+    return gradients
 
 
 def rnn_gate(call: GateCall, out: GateStep) -> None:
@@ -173,6 +183,10 @@ def rnn_gate(call: GateCall, out: GateStep) -> None:
     args = native.gate_args(_cuda, features, weights, call.choices, call.state, out)
     with _on(out.bits.device) as stream:
         _cuda.rnn_gate(args, stream)
+
+
+def _takes_tf32() -> bool:
+    return native.allows_tf32() and not _EMULATOR
 
 
 def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import reference
+from dfs_kernels.backends import native
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
@@ -640,10 +641,7 @@ def _conv_problem(kernel: str, call: ConvCall, form: str = "") -> Problem:
 
 
 def _float_precision() -> str:
-    """TF32 only where PyTorch's own convolutions may use it."""
-    # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if allowed and not _INTERPRETED else "ieee"
+    return "tf32" if native.allows_tf32() and not _INTERPRETED else "ieee"
 
 
 def _takes_dots(geometry: ConvGeometry) -> bool:

@@ -17,7 +17,7 @@ constexpr int kLanes = 32;
 constexpr size_t kGuardBytes = 256;
 constexpr uint8_t kPoison = 0xcd;
 
-enum class Wait { kNothing, kBlock, kMultiply, kShuffle };
+enum class Wait { kNothing, kBlock, kMultiply, kMultiplyFloats, kShuffle };
 
 struct Copy {
   void* to;
@@ -33,6 +33,7 @@ struct Thread {
   std::vector<Copy> copies;
   // What it brings to an operation of its warp, and takes from it.
   int32_t (*sums)[4] = nullptr;
+  float (*float_sums)[4] = nullptr;
   uint32_t a[4] = {};
   uint32_t b[2] = {};
   uint64_t value = 0;
@@ -66,6 +67,13 @@ void wait_for(Wait what) {
   Thread& self = block->running();
   self.wait = what;
   self.fiber.pause();
+}
+
+void bring_factors(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Thread& self = block->running();
+  std::memcpy(self.a, a, sizeof(self.a));
+  self.b[0] = b0;
+  self.b[1] = b1;
 }
 
 int signed_byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
@@ -102,6 +110,36 @@ void multiply_warp(Thread* const* lanes) {
   }
 }
 
+float float_of(uint32_t word) {
+  constexpr uint32_t kBeyondTf32 = (1u << 13) - 1;
+  if ((word & kBeyondTf32) != 0) block->fail("a factor is not rounded to TF32");
+  float value = 0.0f;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// The same for mma.m16n8k8, TF32.
+void multiply_floats(Thread* const* lanes) {
+  float a[16][8];
+  float b[8][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int group = lane / 4;
+    const int first = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[group + i % 2 * 8][first + i / 2 * 4] = float_of(lanes[lane]->a[i]);
+    }
+    for (int i = 0; i < 2; ++i) b[first + 4 * i][group] = float_of(lanes[lane]->b[i]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8;
+      const int column = 2 * (lane % 4) + i % 2;
+      float& sum = (*lanes[lane]->float_sums)[i];
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+    }
+  }
+}
+
 void shuffle_warp(Thread* const* lanes) {
   uint64_t values[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -121,12 +159,14 @@ bool step_warp(int warp) {
     lanes[lane] = block->pool[static_cast<size_t>(warp * kLanes + lane)].get();
   }
   const Wait wait = lanes[0]->wait;
-  if (lanes[0]->done || (wait != Wait::kMultiply && wait != Wait::kShuffle)) return false;
+  if (lanes[0]->done || wait == Wait::kNothing || wait == Wait::kBlock) return false;
   for (Thread* lane : lanes) {
     if (lane->done || lane->wait != wait) return false;
   }
   if (wait == Wait::kMultiply) {
     multiply_warp(lanes);
+  } else if (wait == Wait::kMultiplyFloats) {
+    multiply_floats(lanes);
   } else {
     shuffle_warp(lanes);
   }
@@ -275,12 +315,15 @@ void wait_for_copies() {
 }
 
 void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Thread& self = block->running();
-  self.sums = &c;
-  std::memcpy(self.a, a, sizeof(self.a));
-  self.b[0] = b0;
-  self.b[1] = b1;
+  block->running().sums = &c;
+  bring_factors(a, b0, b1);
   wait_for(Wait::kMultiply);
+}
+
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  block->running().float_sums = &c;
+  bring_factors(a, b0, b1);
+  wait_for(Wait::kMultiplyFloats);
 }
 
 uint64_t shuffle_xor(uint64_t value, int mask) {

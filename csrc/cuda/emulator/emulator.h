@@ -40,6 +40,8 @@ void check_shared(const void* pointer, size_t bytes);
 void copy_async(void* shared, const void* global, int bytes);
 void wait_for_copies();
 void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+// Of floats whose low bits, beyond those of TF32, are zero.
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint64_t shuffle_xor(uint64_t value, int mask);
 
 }  // namespace dfs::cuda::emulator
