@@ -77,13 +77,14 @@ class Predictor:
         return Predictor(classify, network.preprocessing, model.choices, costs)
 
     @staticmethod
-    def from_engine(path: Path) -> Predictor:
+    def from_engine(path: Path, device: str = "cpu") -> Predictor:
         """A frozen network.
 
         Raises:
             ValueError: the file can't be used, or does not say what pictures its network takes.
+            DeviceError: there is no such GPU.
         """
-        engine = load_engine(path)
+        engine = load_engine(path, device)
         if engine.preprocessing is None:
             raise ValueError(f"{path} doesn't say how pictures become its network's input")
         for name in ("paper", "bitops"):
@@ -91,8 +92,8 @@ class Predictor:
                 raise ValueError(f"{path} doesn't say what decisions cost: {name!r} is missing")
 
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-            out = engine(images)
-            return out.logits, out.bits
+            out = engine(images.to(engine.device))
+            return out.logits.cpu(), out.bits.cpu()
 
         costs = {"paper_cost": engine.costs["paper"], "bitops": engine.costs["bitops"]}
         return Predictor(classify, engine.preprocessing, engine.choices, costs)

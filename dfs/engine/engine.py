@@ -121,7 +121,7 @@ class Engine:
 
         Raises:
             ValueError: the device is neither.
-            RuntimeError: there is no such GPU, or PyTorch is built without CUDA.
+            DeviceError: there is no such GPU, or PyTorch is built without CUDA.
         """
         self._executor = self._make_executor(device)
         return self
@@ -368,7 +368,7 @@ def load_engine(path: str | os.PathLike[str], device: torch.device | str = "cpu"
         FileNotFoundError: there is no such file.
         ValueError: it is no engine file, of another version, or damaged; or there is no such kind
             of device.
-        RuntimeError: there is no such GPU.
+        DeviceError: there is no such GPU, or PyTorch is built without CUDA.
     """
     target = check_device(device)
     graph, tensors, extra = load_graph(path)

@@ -13,6 +13,10 @@ from dfs.engine.graph import EngineGraph
 from dfs.engine.native import EngineRun, NativeExecutor
 
 
+class DeviceError(RuntimeError):
+    """There is no such GPU."""
+
+
 class Executor(Protocol):
     """Runs one graph on one device."""
 
@@ -48,7 +52,7 @@ def make_executor(
 
     Raises:
         ValueError: the device is neither.
-        RuntimeError: there is no such GPU.
+        DeviceError: there is no such GPU.
     """
     target = check_device(device)
     if target.type == "cpu":
@@ -68,7 +72,7 @@ def check_device(device: torch.device | str) -> torch.device:
 
     Raises:
         ValueError: it is neither a CPU nor a CUDA GPU.
-        RuntimeError: there is no such GPU.
+        DeviceError: there is no such GPU, or PyTorch is built without CUDA.
     """
     try:
         target = torch.device(device)
@@ -79,11 +83,11 @@ def check_device(device: torch.device | str) -> torch.device:
     if target.type == "cpu":
         return torch.device("cpu")
     if torch.version.cuda is None:
-        raise RuntimeError(f"device {target} needs CUDA, which this PyTorch is built without")
+        raise DeviceError(f"device {target} needs CUDA, which this PyTorch is built without")
     count = torch.cuda.device_count()
     index = target.index
     if index is None:
         index = torch.cuda.current_device() if count else 0
     if index >= count:
-        raise RuntimeError(f"device {target} is not there: PyTorch finds {count} CUDA GPUs")
+        raise DeviceError(f"device {target} is not there: PyTorch finds {count} CUDA GPUs")
     return torch.device("cuda", index)

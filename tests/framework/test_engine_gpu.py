@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfs import Engine, freeze, load_engine
 from dfs.data import Preprocessing
+from dfs.engine import DeviceError
 from dfs.engine.gpu import GpuExecutor, PlainCalls, Run, recorded_batches
 from dfs.engine.native import EngineRun
 from dfs.engine.op_network import NetworkOutput
@@ -316,7 +317,7 @@ def test_a_missing_gpu_is_named(engine: Engine, images: Tensor, tmp_path: Any) -
         lambda: engine.to(torch.device("cuda", 3)),
         lambda: load_engine(tmp_path / "network.dfs", device="cuda"),
     ):
-        with pytest.raises(RuntimeError, match="device cuda"):
+        with pytest.raises(DeviceError, match="device cuda"):
             ask()
     assert engine.device == CPU
     assert engine(images).logits.shape == (len(images), 7)
