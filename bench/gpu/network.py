@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,18 +143,22 @@ def _without_result(call: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
+@cache
+def _frozen(depth: int, favoured: int | None) -> Engine:
+    return freeze(dynamic_network(depth, favoured), IMAGE_SIZE).to(machine().device)
+
+
 def _ours(policy: int | str | None, favoured: int | None = None) -> Any:
     def prepare(depth: int, batch: int) -> Callable[[], Any]:
-        device = machine().device
-        frozen = freeze(dynamic_network(depth, favoured), IMAGE_SIZE).to(device)
+        frozen = _frozen(depth, favoured)
         inputs = images(batch)
         given: Any = policy
         if policy == "spread":
             given = spread_policy(batch, frozen.gated_blocks)
         _check_ours(frozen, depth, favoured, inputs, given)
-        on_device = inputs.to(device)
+        on_device = inputs.to(frozen.device)
         if isinstance(given, Tensor):
-            given = given.to(device)
+            given = given.to(frozen.device)
         return lambda: frozen(on_device, given)
 
     return prepare

@@ -12,7 +12,7 @@ from torch import Tensor
 from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import Preprocessing
 from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
-from dfs.engine.executor import Executor, check_device, make_executor
+from dfs.engine.executor import Executor, check_device, is_debugging, make_executor
 from dfs.engine.file import load_graph, save_graph
 from dfs.engine.freeze import freeze_network
 from dfs.engine.graph import EngineGraph
@@ -280,7 +280,7 @@ class Engine:
             raise TypeError(f"policy must be an integer tensor, got {policy.dtype}")
         if tuple(policy.shape) != expected:
             raise ValueError(f"policy must have shape {expected}, got {tuple(policy.shape)}")
-        if "cpu" not in (policy.device.type, device.type) and not _debug():
+        if "cpu" not in (policy.device.type, device.type) and not is_debugging():
             # What would wrap around to a choice must stay none.
             return policy.to(torch.int64).clamp(-1, 64).to(device, torch.int32)
         wrong = ~torch.isin(policy.cpu(), torch.tensor(self.choices))
@@ -291,10 +291,6 @@ class Engine:
                 f"which is not one of {self.choices}"
             )
         return policy.to(device, torch.int32, non_blocking=device.type != "cpu").contiguous()
-
-
-def _debug() -> bool:
-    return os.environ.get("DFS_DEBUG", "0") == "1"
 
 
 def _check_fits(preprocessing: Preprocessing | None, graph: EngineGraph) -> None:

@@ -57,14 +57,14 @@ def make_executor(
     target = check_device(device)
     if target.type == "cpu":
         return NativeExecutor(graph, tensors, pixel_values)
-    return GpuExecutor(
-        graph, tensors, pixel_values, target, recorder=None if _records() else PlainCalls()
-    )
+    # Values can't be looked at while a graph is recorded.
+    plain = is_debugging() or os.environ.get("DFS_NO_GRAPHS", "0") == "1"
+    return GpuExecutor(graph, tensors, pixel_values, target, PlainCalls() if plain else None)
 
 
-def _records() -> bool:
-    """Whether to use CUDA graphs. Values can't be looked at while they are made."""
-    return "1" not in (os.environ.get("DFS_NO_GRAPHS"), os.environ.get("DFS_DEBUG"))
+def is_debugging() -> bool:
+    """Whether values on a GPU are to be checked, at the price of waiting for it."""
+    return os.environ.get("DFS_DEBUG", "0") == "1"
 
 
 def check_device(device: torch.device | str) -> torch.device:

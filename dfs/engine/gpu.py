@@ -148,6 +148,8 @@ class GpuExecutor:
         most_recordings: how many are kept; the one not used for longest goes first.
     """
 
+    # What is kept has to be written by later calls, in inference mode or not.
+    @torch.inference_mode(False)
     def __init__(
         self,
         graph: EngineGraph,
@@ -174,6 +176,7 @@ class GpuExecutor:
         """Of all weights as they are held for running."""
         return self._network.weight_bytes()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(
         self,
@@ -300,11 +303,12 @@ class _CudaLaps:
 
 
 def _make_laps(run: Callable[[], object], device: torch.device) -> _HostLaps | _CudaLaps:
-    """For a call like ``run``, which is made once."""
-    start = time.perf_counter()
+    """For a call like ``run``, which is made to compile what it needs."""
     run()
     if device.type != "cuda":
         return _HostLaps()
+    start = time.perf_counter()
+    run()
     # While the GPU does nothing else, the host queues all of the call: otherwise what is measured
     # would be the host.
     seconds = 2 * (time.perf_counter() - start)

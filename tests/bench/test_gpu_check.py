@@ -493,7 +493,8 @@ def test_a_dry_run_tries_what_a_gpu_would_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "rehearsal" / "abc.json").read_text())
     assert content["parts"]["dry"]["status"] == "passed"
-    assert [bar["bar"] for bar in content["bars"]] == ["roofline"]
+    assert [bar["bar"] for bar in content["bars"]] == ["roofline", "network_spread"]
+    assert {point["batch"] for point in content["networks"]} == {1, 64, 1024}
     assert {p["contestant"] for p in content["points"]} == {
         "triton_skipped",
         "triton_buckets_mixed",

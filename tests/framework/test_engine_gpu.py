@@ -160,6 +160,16 @@ def test_a_policy_that_is_no_choice_spoils_only_its_sample(engine: Engine, image
     assert torch.equal(found.logits[rest], expected.logits[rest])
 
 
+def test_inference_mode_may_come_and_go(engine: Engine, images: Tensor) -> None:
+    with torch.inference_mode():
+        executor = executor_of(engine)
+        executor.run(images, None, torch.zeros(len(engine.choices), dtype=torch.float64))
+        inside = images.clone()
+    assert_same(executor.run(inside, None, None), engine(images))
+    with torch.inference_mode():
+        assert_same(executor.run(images, None, None), engine(images))
+
+
 def test_an_empty_batch(engine: Engine) -> None:
     found = executor_of(engine).run(torch.empty(0, 3, *SIZE), None, None)
     assert found.logits.shape == (0, 7)

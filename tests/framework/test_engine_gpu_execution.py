@@ -3,6 +3,8 @@
 In a rehearsal its executor runs on CPU tensors, and nothing is recorded.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import threading
@@ -14,12 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+# A machine with a GPU may have what the kernels need, and no more.
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+
 from bench.gpu.device import is_rehearsal
 from dfs import Engine, freeze, load_engine
 from dfs.data import Preprocessing
 from dfs.engine import EngineOutput
 from dfs.engine.gpu import CudaGraphs, GpuExecutor, PlainCalls, Run
-from tests.framework.helpers import small_basic
 from tests.framework.test_engine import CONFIGURATIONS, SIZE, make_model
 from tests.kernels.host_reads import HostReads
 
@@ -56,7 +61,7 @@ def no_synchronization() -> Iterator[None]:
 
 
 def test_the_executor_gives_what_the_engine_gives_on_a_cpu_dry_run(device: torch.device) -> None:
-    engine = freeze(make_model(small_basic()), SIZE)
+    engine = freeze(make_model(8), SIZE)
     images = random_images(5)
     found = executor_of(engine, device).run(images.to(device), None, None)
     assert found.cost is not None
@@ -65,7 +70,7 @@ def test_the_executor_gives_what_the_engine_gives_on_a_cpu_dry_run(device: torch
 
 def test_the_network_reads_nothing_on_the_host_dry_run(device: torch.device) -> None:
     """Between the ops; what is in them has tests of its own."""
-    engine = freeze(make_model(small_basic(), gate="feedforward"), SIZE)
+    engine = freeze(make_model(8, gate="feedforward"), SIZE)
     executor, images = executor_of(engine, device), random_images(5).to(device)
     bias = torch.zeros(len(engine.choices), dtype=torch.float64)
     executor.run(images, None, None)
