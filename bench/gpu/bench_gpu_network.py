@@ -4,8 +4,6 @@ The time that pytest-benchmark shows for it is that of the whole comparison. A b
 reported, and fails nothing.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 from typing import Any

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dfs import Engine, freeze, load_engine
@@ -17,7 +20,7 @@ from dfs.engine.gpu import GpuExecutor, PlainCalls, Run, recorded_batches
 from dfs.engine.native import EngineRun
 from dfs.engine.op_network import NetworkOutput
 from dfs_kernels import available_backends, use_backend
-from tests.framework.helpers import small_basic
+from tests.framework.helpers import run_dfs, small_basic
 from tests.framework.test_engine import CONFIGURATIONS, SIZE, make_model
 
 CPU = torch.device("cpu")
@@ -320,7 +323,7 @@ def test_an_engine_is_on_the_cpu_at_first(engine: Engine, images: Tensor) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(engine: Engine, images: Tensor, tmp_path: Any) -> None:
+def test_a_missing_gpu_is_named(engine: Engine, images: Tensor, tmp_path: Path) -> None:
     engine.save(tmp_path / "network.dfs")
     for ask in (
         lambda: engine.to("cuda"),
@@ -337,3 +340,27 @@ def test_a_missing_gpu_is_named(engine: Engine, images: Tensor, tmp_path: Any) -
 def test_devices_that_nothing_runs_on_are_refused(engine: Engine, device: str) -> None:
     with pytest.raises(ValueError, match="device"):
         engine.to(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_predict_says_where_an_engine_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    freeze(make_model(), (12, 12), PIXELS).save(tmp_path / "network.dfs")
+    Image.new("RGB", (12, 12), (200, 30, 90)).save(tmp_path / "a.png")
+    files = ["predict", str(tmp_path / "a.png"), "--engine", str(tmp_path / "network.dfs")]
+    found = []
+    for options in ([], ["--device", "cpu"]):
+        code, printed, _ = run_dfs([*files, *options, "--json"], monkeypatch, capsys)
+        assert code == 0
+        found.append(json.loads(printed)["predictions"][0]["confidence"])
+    assert found[0] == found[1]
+    for device in ("cuda", "tpu"):
+        code, _, errors = run_dfs([*files, "--device", device], monkeypatch, capsys)
+        assert code == 2
+        assert "device" in errors
+        assert len(errors.splitlines()) == 1
+    run = ["predict", "a.png", "--checkpoint", "run", "--device", "cpu"]
+    code, _, errors = run_dfs(run, monkeypatch, capsys)
+    assert code == 2
+    assert "--device goes with --engine" in errors

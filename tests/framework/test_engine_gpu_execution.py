@@ -3,8 +3,6 @@
 In a rehearsal its executor runs on CPU tensors, and nothing is recorded.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import threading
