@@ -27,15 +27,15 @@ from dfs.nn import replicas
 from dfs.predict import Predictor, predictions_table
 from dfs.progress import run_control
 from dfs.report import (
-    COST_LABELS,
+    PLOTS,
     REPORT_NAME,
     TABLE_NAMES,
     ResultRow,
     SummaryRow,
     describe_result,
     plot_run,
-    plot_tradeoff,
-    read_tables,
+    plot_sweep,
+    require_plotting,
     results_table,
     rich_summary,
     summarise,
@@ -265,7 +265,13 @@ def evaluate_run(
 
 @app.command()
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the sweep; one that was stopped goes on. By default sweeps/DATASET, or "
+            "sweeps/DATASET-PRESET."
+        ),
+    ] = None,
     preset: Preset = None,
     targets: Annotated[
         str, typer.Option(help="Cost targets, as fractions of full precision.")
@@ -289,13 +295,18 @@ def sweep(
     """Dynamic networks at several targets, beside what they must beat, in one table.
 
     All are trained with the same teacher and as many sample passes; what they can share is trained
-    once. Killed at any moment, the same command goes on. Writes table.md, table.csv and table.json.
+    once. Killed at any moment, the same command goes on. Writes table.md, table.csv, table.json,
+    plots, and report.html.
     """
     overrides: dict[str, Any] = {} if model is None else {"model": model}
     overrides |= _data_settings(dataset, data, waived)
     with _user_errors():
+        config = configure(preset, overrides, setting or [])
+        if out is None:
+            name = "" if preset is None else f"-{Path(preset).stem}"
+            out = Path("sweeps") / f"{config.dataset}{name}"
         planned = Sweep(
-            configure(preset, overrides, setting or []),
+            config,
             out,
             parse_numbers(targets, "--targets", float),
             parse_numbers(seeds, "--seeds", int),
@@ -303,12 +314,10 @@ def sweep(
             latency_table=None if latency_table is None else LatencyTable.load(latency_table),
         )
         planned.check()
-    title = f"{planned.base.model} on {planned.base.dataset}"
 
     def write() -> list[SummaryRow]:
         rows = summarise(planned.results())
-        about = {"title": title, "left_out": planned.skipped, "base": planned.base.to_dict()}
-        write_tables(out, rows, about)
+        write_tables(planned.folder, rows, planned.about())
         return rows
 
     with run_control(max_minutes) as control:
@@ -323,10 +332,26 @@ def sweep(
     rows = write()
     if not done:
         raise typer.Exit(_stopped(f"{len(planned.results())} results; the same command goes on"))
+    page = _show_sweep(planned)
     if as_json:
-        _print_json({"rows": [asdict(row) for row in rows]})
+        _print_json({"rows": [asdict(row) for row in rows], "report": page})
     else:
-        Console().print(rich_summary(rows, title))
+        Console().print(rich_summary(rows, planned.about()["title"]))
+        print(page or "no plots and no page: matplotlib is not installed")
+
+
+def _show_sweep(done: Sweep) -> str | None:
+    """Plots and the page of a sweep that is done; None without matplotlib."""
+    try:
+        require_plotting()
+    except ImportError:
+        return None
+    for entry in done.about()["decisions"]:
+        run = done.folder / entry["run"]
+        plot_run(Trainer.load(run, done.data(done.seeds[0])), run / PLOTS)
+    page = done.folder / REPORT_NAME
+    write_sweep_report(done.folder, page)
+    return str(page)
 
 
 @app.command()
@@ -341,12 +366,7 @@ def plot(
     folder = out or source / "plots"
     with _user_errors():
         if _is_sweep(source):
-            rows = read_tables(source)
-            written = [
-                folder / f"accuracy-{cost}.png"
-                for cost in COST_LABELS
-                if plot_tradeoff(folder / f"accuracy-{cost}.png", rows, cost)
-            ]
+            written = plot_sweep(source, folder)
         else:
             written = plot_run(Trainer.load(source, data_folder=data), folder)
     for path in written:

@@ -71,7 +71,8 @@ def plot_decisions(
     """How often each block took each width, one panel per network, as a PNG.
 
     Args:
-        decisions: (title, bits (N, gated blocks)) per network.
+        decisions: (title, shares (gated blocks, choices)) per network, see
+            :func:`dfs.train.evaluate.decision_shares`.
         choices: ascending widths.
 
     Raises:
@@ -81,12 +82,12 @@ def plot_decisions(
     figure, panels = pyplot.subplots(
         len(decisions), 1, figsize=(7, 0.6 + 2.2 * len(decisions)), squeeze=False, sharex=True
     )
-    for (title, bits), axis in zip(decisions, panels[:, 0], strict=True):
-        _stack(axis, bits, choices)
+    for (title, shares), axis in zip(decisions, panels[:, 0], strict=True):
+        _stack(axis, shares, choices)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("share of images")
         axis.set_ylim(0, 1)
-    blocks = decisions[0][1].shape[1]
+    blocks = len(decisions[0][1])
     every = max(1, blocks // 20)
     panels[-1, 0].set_xticks(range(0, blocks, every), [str(i + 2) for i in range(0, blocks, every)])
     panels[-1, 0].set_xlabel("residual block (the first is not gated)")
@@ -96,12 +97,11 @@ def plot_decisions(
     _save(figure, path)
 
 
-def _stack(axis: Any, bits: Tensor, choices: Sequence[int]) -> None:
-    blocks = bits.shape[1]
+def _stack(axis: Any, shares: Tensor, choices: Sequence[int]) -> None:
+    blocks = len(shares)
     colours = width_colours(choices)
     bottom = [0.0] * blocks
-    for width in choices:
-        share = (bits == width).double().mean(0).tolist()
+    for width, share in zip(choices, shares.T.tolist(), strict=True):
         axis.bar(range(blocks), share, bottom=bottom, color=colours[width], label=_name(width))
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,25 @@ class Evaluation:
     def widths_used(self) -> tuple[int, ...]:
         return () if self.bits is None else tuple(sorted(set(self.bits.flatten().tolist())))
 
+    def shares(self, choices: Sequence[int]) -> Tensor:
+        """How often each block took each of the choices, float64 (gated blocks, choices)."""
+        assert self.bits is not None
+        return decision_shares(self.bits, choices)
+
     @property
     def distinct_decisions(self) -> int:
         """How many different decision vectors the images got."""
         return 1 if self.bits is None else len(torch.unique(self.bits, dim=0))
+
+
+def decision_shares(bits: Tensor, choices: Sequence[int]) -> Tensor:
+    """How often each block took each width, float64 (gated blocks, choices).
+
+    Args:
+        bits: (N, gated blocks).
+    """
+    widths = torch.tensor(choices, device=bits.device)
+    return (bits[:, :, None] == widths).double().mean(0)
 
 
 @torch.no_grad()

@@ -56,12 +56,18 @@ _GATE_SEED_SHIFT = 17
 ORACLE = "oracle"
 
 # What every stage depends on.
-_COMMON = ("dataset", "image_size", "model", "seed", "batch_size", "micro_batches")
+_COMMON = (
+    *("dataset", "image_size", "train_images"),
+    *("model", "seed", "batch_size", "micro_batches"),
+)
 _SCHEDULE = ("schedule", "milestones", "schedule_gamma", "weight_decay")
 _TAUGHT = (*_SCHEDULE, "teacher", "distill_temperature")
 _BATCHNORM = ("batchnorm_images",)
 _DYNAMIC = ("choices", "stream", "semantics")
-_GATED = ("gate", "target", "cost", "latency_table", "diversity", "lambda_start", "lambda_rate")
+_GATED = (
+    *("gate", "target", "cost", "latency_table", "diversity", "common_gradient"),
+    *("lambda_start", "lambda_rate"),
+)
 
 
 class StageError(RuntimeError):
@@ -293,6 +299,8 @@ class GateLearner:
         self.model = trainer.model
         self.cost = trainer.cost
         self.micro_batches = config.micro_batches
+        if not isinstance(self.model.gate, ConstantGate):
+            self.model.gate.common_gradient = config.common_gradient
         self.tilts = CostTilt(self.cost, config.target)
         self.optimizer = torch.optim.Adam(self.model.gate.parameters(), lr)
         self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)

@@ -275,10 +275,11 @@ def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_data(config: TrainConfig) -> DataSplits:
-    """The data set that the settings name."""
+    """The data set that the settings name, with as many training images as they want."""
     folder = Path(config.data) if config.data else None
     waived = config.allow_unverified
-    return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+    data = load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+    return data.limited(config.train_images) if config.train_images else data
 
 
 def check_reach(config: TrainConfig, low: float, high: float) -> None:
