@@ -46,7 +46,7 @@ from dfs.report import (
 from dfs.settings import configure, contradictions, parse_numbers, parse_widths
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
-from dfs.train.distributed import joined
+from dfs.train.distributed import choose_device, joined
 from dfs.train.network import CHECKPOINT_NAME, load_network
 from dfs.train.plan import TimePlan
 from dfs.train.sweep import METHODS, Sweep
@@ -91,6 +91,10 @@ Preset = Annotated[
 LatencyFile = Annotated[
     Path | None,
     typer.Option(help="What dfs bench --latency-table wrote; makes latency the cost of a run."),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one."),
 ]
 Setting = Annotated[
     list[str] | None,
@@ -172,6 +176,7 @@ def train(
     waived: Waived = None,
     setting: Setting = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    device: Device = "auto",
     max_minutes: MaxMinutes = None,
     as_json: Json = False,
 ) -> None:
@@ -193,20 +198,21 @@ def train(
         overrides["choices"] = _parse_choices(choices)
     if latency_table is not None:
         overrides |= {"latency_table": str(latency_table.resolve()), "cost": cost or "latency"}
-    with joined():
+    place = _device(device)
+    with joined(place):
         if resume:
-            trainer = _resume(out, preset, overrides, dataset, data, waived, setting or [])
+            trainer = _resume(out, preset, overrides, dataset, data, waived, setting or [], place)
         else:
             if (out / CHECKPOINT_NAME).exists():
                 raise UserError(f"{out} already holds a run; use --resume, or another --out")
             overrides |= _data_settings(dataset, data, waived)
             with _user_errors():
                 config = configure(preset, overrides, setting or [])
-            trainer = _make_trainer(config, out)
+            trainer = _make_trainer(config, out, place)
         with run_control(max_minutes) as control:
-            place = (trainer.stage_index, trainer.step)
             if not trainer.done:
-                control.follow(TimePlan(trainer.config, trainer.data, *place))
+                at = (trainer.stage_index, trainer.step)
+                control.follow(TimePlan(trainer.config, trainer.data, *at))
             finished = trainer.run(None, control.progress, control.stopping)
         if not finished:
             stage = trainer.stages[trainer.stage_index].name
@@ -224,9 +230,10 @@ def _resume(
     data: Path | None,
     waived: list[str] | None,
     settings: list[str],
+    device: torch.device,
 ) -> Trainer:
     """The run in ``out``; what is given beside it must agree with its settings."""
-    trainer = Trainer.load(out, data_folder=data)
+    trainer = Trainer.load(out, data_folder=data, device=device)
     if dataset not in (None, AUTO):
         overrides["dataset"] = dataset
     if waived:
@@ -244,17 +251,18 @@ def evaluate_run(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     data: Data = None,
     waived: Waived = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
     if run.is_file():
-        _report_network(run, split, data, waived or [], as_json)
+        _report_network(run, split, data, waived or [], as_json, _device(device))
         return
     if waived:
         raise UserError("--allow-unverified-data is for checkpoints; a run keeps its own")
-    trainer = Trainer.load(run, data_folder=data)
+    trainer = Trainer.load(run, data_folder=data, device=_device(device))
     if not trainer.done:
         raise UserError(
             f"{run} is not finished: it is in stage {trainer.stages[trainer.stage_index].name!r}; "
@@ -289,6 +297,7 @@ def sweep(
         Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
     ] = None,
     setting: Setting = None,
+    device: Device = "auto",
     max_minutes: MaxMinutes = None,
     as_json: Json = False,
 ) -> None:
@@ -312,6 +321,7 @@ def sweep(
             parse_numbers(seeds, "--seeds", int),
             tuple(METHODS) if methods == "all" else tuple(methods.split(",")),
             latency_table=None if latency_table is None else LatencyTable.load(latency_table),
+            device=_device(device),
         )
         planned.check()
 
@@ -348,7 +358,8 @@ def _show_sweep(done: Sweep) -> str | None:
         return None
     for entry in done.about()["decisions"]:
         run = done.folder / entry["run"]
-        plot_run(Trainer.load(run, done.data(done.seeds[0])), run / PLOTS)
+        trainer = Trainer.load(run, done.data(done.seeds[0]), device=done.device)
+        plot_run(trainer, run / PLOTS)
     page = done.folder / REPORT_NAME
     write_sweep_report(done.folder, page)
     return str(page)
@@ -596,6 +607,12 @@ def _data_settings(
     return settings
 
 
+def _device(name: str) -> torch.device:
+    """Where to compute; the process's own GPU under torchrun."""
+    with _user_errors():
+        return choose_device(name)
+
+
 def _parse_choices(text: str) -> tuple[int, ...]:
     try:
         return parse_widths(text, "--choices")
@@ -612,10 +629,10 @@ def _user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
+def _make_trainer(config: TrainConfig, out: Path, device: torch.device) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
     with _user_errors():
-        trainer = Trainer(config, out)
+        trainer = Trainer(config, out, device=device)
         trainer.check_target()
     return trainer
 
@@ -636,13 +653,19 @@ def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
 
 
 def _report_network(
-    path: Path, split: str, data: Path | None, waived: Sequence[str], as_json: bool
+    path: Path,
+    split: str,
+    data: Path | None,
+    waived: Sequence[str],
+    as_json: bool,
+    device: torch.device,
 ) -> None:
     """A checkpoint that no run surrounds: there is no float network beside it."""
     network = load_network(path)
     config = network.config
-    found = _data_of(config, data, waived).prepared(network.preprocessing)
-    rows = [ResultRow("DFS", evaluate(network.model, found.val if split == "val" else found.test))]
+    found = _data_of(config, data, waived).prepared(network.preprocessing).to(device)
+    images = found.val if split == "val" else found.test
+    rows = [ResultRow("DFS", evaluate(network.model.to(device), images))]
     _print_results(config, found, split, rows, as_json)
 
 

@@ -62,8 +62,7 @@ class RunControl:
         if seconds is None:
             return ""
         if not self._plan_shown:
-            self._plan_shown = True
-            self._bars.console.print(plan_table(plan))
+            self._show_plan(plan_table(plan))
         return f"{format_duration(seconds)} to go"
 
     def sweep_progress(self, at: SweepProgress) -> None:
@@ -74,10 +73,15 @@ class RunControl:
                 self._bars.remove_task(self._task)
             self._begin(label, at.steps)
         if at.plan is not None and not self._plan_shown:
-            self._plan_shown = True
-            self._bars.console.print(sweep_plan_table(at.plan))
+            self._show_plan(sweep_plan_table(at.plan))
         left = "" if at.seconds_left is None else f"{format_duration(at.seconds_left)} to go"
         self._show(at.step, at.steps, left, at.measured)
+
+    def _show_plan(self, table: Table) -> None:
+        self._plan_shown = True
+        self._bars.console.print(table)
+        # In a log, the time left comes with the next step.
+        self._line_at = -math.inf
 
     def _begin(self, label: str, steps: int) -> None:
         self._stage, self._measured = label, {}

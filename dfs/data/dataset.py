@@ -95,7 +95,7 @@ class ImageSet:
         return ImageSet(self.images, self.labels, preprocessing)
 
     def take(self, index: Tensor) -> ImageSet:
-        index = index.to(self.images.device)
+        index = index.to(self.images.device, non_blocking=True)
         return ImageSet(self.images[index], self.labels[index], self.preprocessing)
 
     def normalized(self) -> ImageSet:

@@ -218,8 +218,9 @@ def _per_image(trainer: Trainer, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     model, test = trainer.model.eval(), trainer.data.test
     widths = torch.tensor(model.choices)
     costs = trainer.cost((bits[:, :, None] == widths).double())
-    predicted = torch.cat([model(batch.images).argmax(1) for batch in test.batches(_BATCH)])
-    return costs, predicted == test.labels, predicted
+    found = [model(batch.images).argmax(1) for batch in test.batches(_BATCH)]
+    predicted = torch.cat(found).cpu()
+    return costs, predicted == test.labels.cpu(), predicted
 
 
 def spending_sheet(

@@ -78,7 +78,7 @@ def _row(label: str, target: float | None, group: list[dict[str, Any]]) -> Summa
         _mean([r["bitops"] for r in good]),
         _mean([r["latency"] for r in good]),
         _mean([r["milliseconds_per_image"] for r in good]),
-        _mean([r["distinct_decisions"] for r in good]),
+        _mean([r.get("distinct_decisions") for r in good]),
         "; ".join(notes),
     )
 

@@ -114,7 +114,7 @@ def evaluate(
         costs = {cost.name: float(cost(mask).mean()) for cost in found}
     if latency_table is None:
         costs.pop("latency", None)
-    decided = torch.cat(bits) if bits else None
+    decided = torch.cat(bits).cpu() if bits else None
     return Evaluation.of(correct / len(images), costs, took, batch_size, decided)
 
 
@@ -138,6 +138,8 @@ def milliseconds_per_image(
         start = time.perf_counter()
         for batch in timed:
             run(batch.images)
+        if timed[0].images.is_cuda:
+            torch.cuda.synchronize(timed[0].images.device)
         passes.append((time.perf_counter() - start) / count * 1e3)
     return statistics.median(passes)
 
@@ -160,9 +162,9 @@ def accuracy(
 
 @torch.no_grad()
 def decisions(model: DynamicResNet, images: Images, batch_size: int = 256) -> Tensor:
-    """The width of every gated block for every image, int32 (N, gated blocks)."""
+    """The width of every gated block for every image, int32 (N, gated blocks), on the CPU."""
     model.eval()
-    return torch.cat([model.run(batch.images).bits for batch in images.batches(batch_size)])
+    return torch.cat([model.run(batch.images).bits for batch in images.batches(batch_size)]).cpu()
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfs.cost import FULL_BITS, make_cost
 from dfs.data import DataSplits
 from dfs.latency import LatencyTable
@@ -138,6 +140,7 @@ class Sweep:
         methods: out of ``METHODS``.
         data: gives a seed's data set; loaded by the settings if None.
         latency_table: adds latencies to the results.
+        device: where everything is computed.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -152,6 +155,7 @@ class Sweep:
         methods: Sequence[str] = tuple(METHODS),
         data: Callable[[int], DataSplits] | None = None,
         latency_table: LatencyTable | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         unknown = [m for m in methods if m not in METHODS]
         if unknown:
@@ -163,6 +167,7 @@ class Sweep:
             raise ValueError(f"a sweep compares networks of recipe 'dfs', got {base.recipe!r}")
         self.folder = folder.resolve()
         self.seeds = tuple(seeds)
+        self.device = torch.device(device)
         self.base = base
         self.latency_table = latency_table
         self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
@@ -274,7 +279,7 @@ class Sweep:
     def data(self, seed: int) -> DataSplits:
         """The data set of a seed; one is kept."""
         if self._loaded is None or self._loaded[0] != seed:
-            self._loaded = (seed, self._load(seed))
+            self._loaded = (seed, self._load(seed).to(self.device))
         return self._loaded[1]
 
     def _entries(
@@ -342,7 +347,7 @@ class Sweep:
         folder, config = self._run_folder(entry), entry.config
         data = self.data(config.seed)
         if (folder / CHECKPOINT_NAME).exists():
-            trainer = Trainer.load(folder, data)
+            trainer = Trainer.load(folder, data, device=self.device)
         else:
             shared = self._shared(config, shareable_stages(config), progress, stop)
             if shared is None:
@@ -355,10 +360,11 @@ class Sweep:
         folder = self._shared_folder(config, count)
         settings = replace(config, recipe="dfs", static_widths=())
         if (folder / CHECKPOINT_NAME).exists():
-            trainer = Trainer.load(folder, self.data(config.seed))
+            trainer = Trainer.load(folder, self.data(config.seed), device=self.device)
         elif count == 1:
             # The float network needs no teacher, which it may be itself.
-            trainer = Trainer(replace(settings, teacher=""), folder, self.data(config.seed))
+            begun = replace(settings, teacher="")
+            trainer = Trainer(begun, folder, self.data(config.seed), self.device)
         else:
             start = self._shared(config, 1, progress, stop)
             if start is None:

@@ -91,7 +91,8 @@ def test_a_sweep_stopped_at_every_turn_comes_to_the_same_results(
         def progress(at: SweepProgress) -> None:
             nonlocal steps
             steps += 1
-            assert at.seconds_left is not None
+            # Known from the times of three steps on.
+            assert steps < 5 or at.seconds_left is not None
 
         def stop() -> bool:
             return steps >= 11  # noqa: B023
