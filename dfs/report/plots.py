@@ -17,9 +17,14 @@ from dfs.report.summary import SummaryRow
 # Pale for a skip, darker with every bit spent; readable in grey and by colour-blind readers.
 _COLOURS = {0: "#e8e8e8", 2: "#a6cee3", 4: "#5aa5cf", 8: "#2171b5", 32: "#08306b"}
 _PALEST, _DARKEST = 0.25, 1.0
-# Of methods: Okabe and Ito's palette, which colour-blind readers can tell apart.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-_MARKERS = "osD^vP*X"
+# Of methods: Okabe and Ito's palette, which colour-blind readers can tell apart, and four of Tol's.
+_PALETTE = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"),
+    *("#882255", "#44aa99", "#332288", "#999933"),
+)
+_MARKERS = "osD^vP*Xph<>"
+# Points of accuracy: beyond the first, the best networks get a panel of their own, of the second.
+_CROWDED, _BEST = 4.0, 2.0
 COST_LABELS = {
     "paper_cost": "paper cost, % of full precision",
     "bitops": "BitOPs, % of full precision",
@@ -134,33 +139,55 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     if not known:
         return False
     pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
     points = [(100 * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
     front = [points[i] for i in pareto_front(points)]
+    best, worst = max(y for _, y in points), min(y for _, y in points)
+    crowded = best - worst > _CROWDED
+    figure, panels = pyplot.subplots(
+        1, 1 + crowded, figsize=(12 if crowded else 7.5, 4.5), squeeze=False
+    )
+    for axis in panels[0]:
+        _draw_series(axis, known, points, front)
+        # Costs differ by orders of magnitude.
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel(COST_LABELS[cost])
+        axis.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("test accuracy, %")
+    if crowded:
+        near = [x for x, y in points if y > best - _BEST]
+        panels[0, 1].set_ylim(best - _BEST, best + _BEST / 8)
+        panels[0, 1].set_xlim(0.8 * min(near), 1.25 * max(near))
+        panels[0, 1].set_title("the best of them", loc="left", fontsize=10)
+    panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+    return True
+
+
+def _draw_series(
+    axis: Any,
+    known: Sequence[SummaryRow],
+    points: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, float]],
+) -> None:
+    """The points of every method, joined where it has several, and the front."""
     axis.plot(
         *zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="Pareto front"
     )
     for i, label in enumerate(dict.fromkeys(r.label for r in known)):
-        own = [k for k, r in enumerate(known) if r.label == label]
+        own = sorted((k for k, r in enumerate(known) if r.label == label), key=points.__getitem__)
         axis.errorbar(
             [points[k][0] for k in own],
             [points[k][1] for k in own],
             yerr=[100 * (known[k].spread or 0.0) for k in own],
-            fmt=_MARKERS[i % len(_MARKERS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            linewidth=0.8,
             color=_PALETTE[i % len(_PALETTE)],
             capsize=2,
             label=label,
             zorder=2,
         )
-    # Costs differ by orders of magnitude.
-    axis.set_xscale("log")
-    axis.set_xlabel(COST_LABELS[cost])
-    axis.set_ylabel("test accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.tight_layout()
-    _save(figure, path)
-    return True
 
 
 @dataclass(frozen=True, eq=False)
