@@ -26,8 +26,14 @@ from dfs_kernels import (
     mixed_conv2d_,
     quantize_pack,
 )
+from dfs_kernels.backends import load
+from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
+from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.packing import Quantizer
+from dfs_kernels.widths import default_levels
 
 MIX = (0, 2, 4, 8)
+TRAINED_WIDTHS = (2, 4, 8, 32)
 
 # From a batch, and the name of a backend other than the default, to the result.
 Run = Callable[..., Any]
@@ -169,6 +175,52 @@ def run_plain_float(layer: Layer, batch: int, device: Device = "cpu") -> Run:
         )
 
     return run
+
+
+def run_gradients(layer: Layer, batch: int, device: Device = "cpu") -> Run:
+    """Gradients of input, weight and all steps from a pair of input and gradient of the output.
+
+    For at most ``batch`` samples, at TRAINED_WIDTHS in turn.
+    """
+    weights = layer_weights(layer, device)
+    scale, zero_point = steps(layer, device), zero_points(layer, device)
+    # Entries for 32 bits are not read.
+    scale, zero_point = torch.cat((scale, scale[:1])), torch.cat((zero_point, zero_point[:1]))
+    own = list(weights.scales.values())
+    weight_scale = torch.stack([*own, own[0]])
+    bits = repeated_bits(TRAINED_WIDTHS, batch, device)
+    geometry = ConvGeometry.create(
+        layer.in_channels,
+        tuple(weights.weight.shape),
+        (layer.stride, layer.stride),
+        (layer.padding,) * 4,
+        (1, 1),
+        layer.groups,
+    )
+    wanted = GradientsWanted(True, True, True, True, mul=False, add=False)
+    centred = tuple(default_levels(bits) == "centred" for bits in TRAINED_WIDTHS)
+
+    def run(x: tuple[Tensor, Tensor], backend: str = "reference") -> ConvGradients:
+        weight = ConvWeight(
+            weights.weight, geometry.weight_shape, TRAINED_WIDTHS, centred, weight_scale
+        )
+        quantizer = Quantizer(TRAINED_WIDTHS, scale, zero_point)
+        call = ConvCall(x[0], weight, bits[: len(x[0])], geometry, quantizer)
+        result: ConvGradients = load(backend).mixed_conv2d_backward(call, x[1], wanted)
+        return result
+
+    return run
+
+
+def check_gradients(got: ConvGradients, expected: ConvGradients, tf32: bool = False) -> None:
+    """Each about equal to the reference's, element by element."""
+    error = 1e-2 if tf32 else 1e-3
+    for name in ("input", "weight", "input_scale", "weight_scale"):
+        value = getattr(expected, name)
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            getattr(got, name), value, rtol=error, atol=error / 10 * scale, msg=name
+        )
 
 
 def run_from_stream(layer: Layer, bits: Tensor) -> Run:

@@ -74,6 +74,19 @@ def quantizer_of(
     return Quantizer(options, steps, zeros)
 
 
+def bias_of(bias: Tensor, out_channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``bias`` checked, as a contiguous (O,) tensor of ``dtype``."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if tuple(bias.shape) != (out_channels,):
+        raise ValueError(f"bias must have shape {(out_channels,)}, got {tuple(bias.shape)}")
+    if bias.device != device:
+        raise ValueError(f"bias is on {bias.device}, but the input is on {device}")
+    return bias.to(dtype).contiguous()
+
+
 def only_entry(values: Any, bits: int, options: tuple[int, ...]) -> Any:
     """The one entry of per-width values that a fixed output width needs."""
     if isinstance(values, Mapping):

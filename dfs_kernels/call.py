@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dfs_kernels.geometry import ConvGeometry
@@ -96,6 +97,34 @@ class ConvGradients:
     weight_scale: Tensor | None = None
     mul: Tensor | None = None
     add: Tensor | None = None
+
+    @classmethod
+    def empty(cls, call: ConvCall, wanted: GradientsWanted) -> ConvGradients:
+        """Contiguous float32 tensors for those that are wanted."""
+        weight = call.weight
+        shapes = gradient_shapes(call.input.shape, weight.shape, len(weight.options))
+        return cls(
+            **{
+                name: torch.empty(shape, dtype=torch.float32, device=call.bits.device)
+                for name, shape in shapes.items()
+                if getattr(wanted, name)
+            }
+        )
+
+
+def gradient_shapes(
+    input_shape: Sequence[int], weight_shape: Sequence[int], count: int
+) -> dict[str, tuple[int, ...]]:
+    """Of all gradients, by name; ``count`` widths are on offer."""
+    per_channel = (count, weight_shape[0])
+    return {
+        "input": tuple(input_shape),
+        "weight": tuple(weight_shape),
+        "input_scale": (count,),
+        "weight_scale": per_channel,
+        "mul": per_channel,
+        "add": per_channel,
+    }
 
 
 def check_bits(bits: Tensor, options: Sequence[int], name: str = "bits") -> None:

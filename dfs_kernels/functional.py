@@ -12,16 +12,29 @@ from dfs_kernels import backends, direct, ops  # noqa: F401  (ops registers torc
 from dfs_kernels.arguments import (
     PerWidth,
     PerWidthInt,
+    bias_of,
     infer_options,
     only_entry,
     quantizer_of,
     widths_of,
+)
+from dfs_kernels.backends.measured import ConvProblem
+from dfs_kernels.block import (
+    BlockConv,
+    BlockOutput,
+    Stream,
+    check_block,
+    costliest_convolution,
+    flatten_block,
+    offered_widths,
+    stored_bits,
 )
 from dfs_kernels.gate import GateStep, RNNGateWeights, check_choices
 from dfs_kernels.geometry import ConvGeometry, IntPair
 from dfs_kernels.packing import (
     PackedActivation,
     PackedConvWeight,
+    Quantizer,
     check_float_weight,
     check_packable,
     per_width,
@@ -346,10 +359,7 @@ def mixed_conv2d_(
         raise TypeError("residual must be a tensor or a PackedActivation, got None")
     if isinstance(residual, Tensor) and residual.dtype != torch.float32:
         raise TypeError(f"residual must be float32 to be added into, got {residual.dtype}")
-    if isinstance(residual, Tensor) and any(
-        stride == 0 and size > 1
-        for stride, size in zip(residual.stride(), residual.shape, strict=True)
-    ):
+    if isinstance(residual, Tensor) and _is_expanded(residual):
         raise ValueError("residual must not be expanded to be added into: its values share memory")
     call = _Prepared(
         input,
@@ -479,18 +489,15 @@ class _Prepared:
             return per_width(value, options, name, real, device, out_channels)
 
         if bias is not None:
-            _check_tensor(bias, "bias")
-            if not bias.is_floating_point():
-                raise TypeError(f"bias must be floating point, got {bias.dtype}")
-            if tuple(bias.shape) != out_channels:
-                raise ValueError(f"bias must have shape {out_channels}, got {tuple(bias.shape)}")
-            if bias.device != device:
-                raise ValueError(f"bias is on {bias.device}, but the input is on {device}")
-            bias = bias.to(real).contiguous()
+            bias = bias_of(bias, shape[0], real, device)
         added = self._residual(residual, real)
         packed = input if isinstance(input, PackedActivation) else None
         into = residual if isinstance(residual, PackedActivation) else None
-        name = self.select("mixed_conv2d", backend)
+        # Float weights are quantized in every call, which no table knows of.
+        problem = None
+        if isinstance(weight, PackedConvWeight):
+            problem = ConvProblem(geometry, height, width, input.shape[0])
+        name = self.select("mixed_conv2d", backend, problem)
         self.in_double = values.dtype == torch.float64
         if self.in_double and name != "reference":
             if backend is not None:
@@ -532,8 +539,8 @@ class _Prepared:
             **geometry.fields(),
         }
 
-    def select(self, op: str, backend: str | None) -> str:
-        return backends.select_name(op, backend, self.device, self.options)
+    def select(self, op: str, backend: str | None, problem: ConvProblem | None = None) -> str:
+        return backends.select_name(op, backend, self.device, self.options, problem)
 
     def select_backward(self, backend: str | None) -> str:
         if self.in_double:
@@ -587,22 +594,11 @@ def rnn_gate(
         step = direct.rnn_gate(input, weights, choices, state, backend)
         if step is not None:
             return step
-    widths = check_choices(choices)
     packed = input if isinstance(input, PackedActivation) else None
     if packed is None:
         _check_image(input, "input")
     batch, channels, height, width = input.shape
-    weights.check(channels, len(widths), input.device)
-    if state is not None:
-        _check_tensor(state, "state")
-        expected = (2, batch, weights.hidden)
-        if tuple(state.shape) != expected or state.dtype != torch.float64:
-            raise ValueError(
-                f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
-            )
-        if state.device != input.device:
-            raise ValueError(f"state is on {state.device}, but the input is on {input.device}")
-        state = state.detach().contiguous()
+    widths, state = _check_gate(weights, choices, state, batch, channels, input.device)
     options = packed.bit_options if packed else ()
     name = backends.select_name("rnn_gate", backend, input.device, options)
     values = packed.data if packed else input.detach().to(torch.float32)  # type: ignore[union-attr]
@@ -621,6 +617,173 @@ def rnn_gate(
         backend=name,
     )
     return GateStep(*found)
+
+
+def _check_gate(
+    weights: RNNGateWeights,
+    choices: Sequence[int],
+    state: Tensor | None,
+    batch: int,
+    channels: int,
+    device: torch.device,
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """The choices and the state of a gate that sees so many channels, as the ops take them."""
+    widths = check_choices(choices)
+    weights.check(channels, len(widths), device)
+    if state is None:
+        return widths, None
+    _check_tensor(state, "state")
+    expected = (2, batch, weights.hidden)
+    if tuple(state.shape) != expected or state.dtype != torch.float64:
+        raise ValueError(
+            f"state must be float64 {expected}, got {state.dtype} {tuple(state.shape)}"
+        )
+    if state.device != device:
+        raise ValueError(f"state is on {state.device}, but the input is on {device}")
+    return widths, state.detach().contiguous()
+
+
+def gated_block(
+    stream: Stream,
+    bits: int | Tensor,
+    branch: Sequence[BlockConv],
+    shortcut: BlockConv | None = None,
+    *,
+    shortcut_bits: int | Tensor = 8,
+    output_scale: PerWidth | None = None,
+    output_zero_point: PerWidthInt | None = None,
+    output_bits: int = 8,
+    rectifies_skipped: bool = True,
+    gate: RNNGateWeights | None = None,
+    choices: Sequence[int] = (),
+    state: Tensor | None = None,
+    backend: str | None = None,
+) -> BlockOutput:
+    """A residual block in evaluation, and the width that its gate chooses for the next block.
+
+    ReLU(carried + branch), each sample at its own width: the first convolution quantizes the
+    stream, the others read what the one before them packed at the sample's width, with a ReLU
+    between them; the last adds to what is carried, rectifies and stores. Then :func:`rnn_gate`
+    of what the stream has become. It is what :func:`mixed_conv2d`, :func:`mixed_conv2d_` and
+    :func:`rnn_gate` give one by one, bit for bit, as one op. Not differentiable.
+
+    **Identity block** (no ``shortcut``): the stream is carried and updated in place. A skipped
+    sample's is not touched. **Down-sampling block**: its ``shortcut`` is computed for every sample
+    and carried, and the stream is a new one; that of a skipped sample is the shortcut's, with a
+    ReLU unless ``rectifies_skipped`` says otherwise.
+
+    On a GPU every convolution and the gate are one launch each on the backend "cuda", so three for
+    a basic identity block; convolutions that offer 32 bits too take one more. Nothing waits for the
+    host, and the call can be captured in a CUDA graph if ``bits``, ``shortcut_bits``,
+    ``output_scale`` and ``output_zero_point`` are tensors there, and one call came before it,
+    which re-tiles the weights. The next block's call takes ``step.bits`` and ``step.state`` as they
+    are, so a graph can hold a whole network. (On a CPU the functions one by one take less time,
+    since they pass by the dispatcher.)
+
+    Args:
+        stream: float32 (N, C, H, W), or packed; contents of an identity block are overwritten.
+        bits: an int, or an integer tensor (N,), of 0 and the widths of ``branch``.
+        branch: two convolutions (a basic block), three (a bottleneck) or more, all of the same
+            widths.
+        shortcut: the convolution around the branch.
+        shortcut_bits: its width, alike.
+        output_scale, output_zero_point: of the packed stream that a block with a shortcut writes,
+            one value each; without them it is float32.
+        output_bits: the width of that stream.
+        rectifies_skipped: see above. It is a float32 stream that is rectified: codes with the zero
+            point 0 hold no negatives, those with another keep a skipped sample's.
+        gate: of the next block, seeing this one's output. None: no decision.
+        choices, state: as in :func:`rnn_gate`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for widths that are no option as
+            :func:`mixed_conv2d`.
+        RuntimeError: the stream requires a gradient and gradients are enabled.
+    """
+    device, batch = stream.device, stream.shape[0]
+    values = _stream_values(stream, is_written=shortcut is None)
+    shape = check_block(stream.shape, branch, shortcut, device)
+    widths: tuple[int, ...] = ()
+    if gate is None:
+        state = None
+    else:
+        if not isinstance(gate, RNNGateWeights):
+            raise TypeError(f"gate must be RNNGateWeights, got {type(gate).__name__}")
+        widths, state = _check_gate(gate, choices, state, batch, shape[1], device)
+    name = backends.select_name(
+        "gated_block",
+        backend,
+        device,
+        offered_widths(branch, shortcut),
+        costliest_convolution(stream.shape, branch),
+    )
+    tensors, scalars = flatten_block(stream, branch, shortcut, name)
+    tensors.update(
+        stream=values,
+        bits=widths_of(bits, batch, device),
+        gate=[] if gate is None else [value.detach() for value in gate],
+        state=state,
+    )
+    scalars.update(choices=widths, backend=name)
+    result: Stream
+    if shortcut is None:
+        if output_scale is not None or output_zero_point is not None:
+            raise ValueError("output_scale and output_zero_point need a shortcut")
+        result, step = stream, torch.ops.dfs.gated_block_(**tensors, **scalars)
+    else:
+        output = _stream_quantizer(output_scale, output_zero_point, output_bits, device)
+        written, *step = torch.ops.dfs.gated_block(
+            **tensors,
+            shortcut_bits=widths_of(shortcut_bits, batch, device),
+            output_scale=output.scale if output else None,
+            output_zero_point=output.zero_point if output else None,
+            output_options=output.options if output else (),
+            rectifies_skipped=rectifies_skipped,
+            **scalars,
+        )
+        result = written
+        if output is not None:
+            stored = stored_bits(stream, tensors["bits"], output_bits)
+            result = PackedActivation(
+                written, stored, output.scale, output.zero_point, output.options, *shape[1:]
+            )
+    return BlockOutput(result, None if gate is None else GateStep(*step))
+
+
+def _stream_quantizer(
+    scale: PerWidth | None, zero_point: PerWidthInt | None, bits: int, device: torch.device
+) -> Quantizer | None:
+    """Of the stream that a block writes; None for a float one."""
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("output_zero_point needs output_scale")
+        return None
+    options = check_packable((bits,), "output_bits")
+    found = quantizer_of(scale, zero_point, options, "output_scale", "output_zero_point", device)
+    return Quantizer(options, found.scale.detach(), found.zero_point)
+
+
+def _stream_values(stream: Stream, is_written: bool) -> Tensor:
+    """A stream as the ops take it: a float one that is written has to be float32 as it is."""
+    if isinstance(stream, PackedActivation):
+        return stream.data
+    _check_image(stream, "stream")
+    if stream.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "gated_block is not differentiable, but stream requires a gradient; use torch.no_grad()"
+        )
+    if not is_written:
+        return stream.to(torch.float32)
+    if stream.dtype != torch.float32:
+        raise TypeError(f"stream must be float32 to be added into, got {stream.dtype}")
+    if _is_expanded(stream):
+        raise ValueError("stream must not be expanded to be added into: its values share memory")
+    return stream
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Whether several elements are one place in memory, by a stride of 0."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def warmup(

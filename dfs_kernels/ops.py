@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import backends
-from dfs_kernels.call import ConvCall, ConvWeight, GradientsWanted, check_bits
+from dfs_kernels.block import BlockCall, LayerCall, Stream, run_block
+from dfs_kernels.call import (
+    ConvCall,
+    ConvWeight,
+    GradientsWanted,
+    check_bits,
+    gradient_shapes,
+)
 from dfs_kernels.gate import GateCall, GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry, wants_channels_last
 from dfs_kernels.packing import (
@@ -27,8 +34,10 @@ from dfs_kernels.packing import (
     PackedConvWeight,
     Quantizer,
     check_scales,
-    packed_bytes,
-    row_bytes,
+    new_codes,
+    new_packed,
+    new_packed_codes,
+    new_rows,
 )
 
 _GEOMETRY = (
@@ -108,8 +117,7 @@ def pack_bits_op(codes: Tensor, bits: int, *, backend: str) -> Tensor:
 
 @pack_bits_op.register_fake
 def _(codes: Tensor, bits: int, *, backend: str) -> Tensor:
-    size = packed_bytes(codes.shape[-1], bits)
-    return codes.new_empty((*codes.shape[:-1], size), dtype=torch.uint8)
+    return new_packed_codes(codes, bits)
 
 
 @torch.library.custom_op(
@@ -126,8 +134,7 @@ def unpack_bits_op(
 
 @unpack_bits_op.register_fake
 def _(packed: Tensor, bits: int, channels: int, signed: bool, *, backend: str) -> Tensor:
-    dtype = torch.int8 if signed else torch.uint8
-    return packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    return new_codes(packed, channels, signed)
 
 
 @torch.library.custom_op(
@@ -149,7 +156,7 @@ def quantize_pack_op(
     if _may_read(input):
         check_bits(bits, options)
         Quantizer(options, scale, zero_point).check_values("")
-    out = _new_packed(input, input.shape, bits, scale, zero_point, options)
+    out = new_packed(input, input.shape, bits, scale, zero_point, options)
     backends.load(backend).quantize_pack(input.detach(), out)
     return out.data
 
@@ -164,7 +171,7 @@ def _(
     bit_options: Sequence[int],
     backend: str,
 ) -> Tensor:
-    return _new_rows(input, input.shape, bit_options)
+    return new_rows(input, input.shape, bit_options)
 
 
 @torch.library.custom_op(
@@ -252,23 +259,6 @@ def _(
 
 
 # Mixed convolution
-
-
-def _new_rows(like: Tensor, shape: Sequence[int], options: Sequence[int]) -> Tensor:
-    size = row_bytes(options, shape[1], shape[2], shape[3])
-    return like.new_empty((shape[0], size), dtype=torch.uint8)
-
-
-def _new_packed(
-    like: Tensor,
-    shape: Sequence[int],
-    bits: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    options: tuple[int, ...],
-) -> PackedActivation:
-    data = _new_rows(like, shape, options)
-    return PackedActivation(data, bits, scale, zero_point, options, *shape[1:])
 
 
 def _new_image(input: Tensor, shape: Sequence[int], like_input: bool) -> Tensor:
@@ -409,7 +399,7 @@ def mixed_conv2d_op(*tensors: Any, **scalars: Any) -> Tensor:
     options = tuple(a.output_options)
     if _may_read(a.bits):
         Quantizer(options, a.output_scale, a.output_zero_point).check_values("output")
-    out = _new_packed(a.input, shape, stored, a.output_scale, a.output_zero_point, options)
+    out = new_packed(a.input, shape, stored, a.output_scale, a.output_zero_point, options)
     module.mixed_conv2d(call, out)
     return out.data
 
@@ -419,7 +409,7 @@ def _(*tensors: Any, **scalars: Any) -> Tensor:
     a = _named(_CONV_TENSORS, tensors, scalars)
     if a.output_scale is None:
         return _new_image(a.input, _output_shape(a), a.packed_bits is None)
-    return _new_rows(a.input, _output_shape(a), a.output_options)
+    return new_rows(a.input, _output_shape(a), a.output_options)
 
 
 @torch.library.custom_op(
@@ -499,6 +489,173 @@ def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out.bits, out.logits, out.state
 
 
+# A gated block
+
+
+# Of the convolutions of a block, each in the order of the branch; a shortcut comes last.
+_LAYER_TENSORS = {
+    "weight": "Tensor[]",
+    "weight_scale": "Tensor[]",
+    "weight_tiles": "Tensor?[]",
+    "input_scale": "Tensor[]",
+    "input_zero_point": "Tensor[]",
+    "mul": "Tensor?[]",
+    "add": "Tensor?[]",
+    "bias": "Tensor?[]",
+}
+# stream_* are a packed stream's own; gate holds RNNGateWeights, or nothing.
+_BLOCK_TENSORS = {
+    "stream": "Tensor",
+    "stream_bits": "Tensor?",
+    "stream_scale": "Tensor?",
+    "stream_zero_point": "Tensor?",
+    "bits": "Tensor",
+    **_LAYER_TENSORS,
+    "gate": "Tensor[]",
+    "state": "Tensor?",
+}
+_DOWNSAMPLING_TENSORS = {
+    **_BLOCK_TENSORS,
+    "shortcut_bits": "Tensor",
+    "output_scale": "Tensor?",
+    "output_zero_point": "Tensor?",
+}
+_BLOCK_SCALARS = (
+    "int[] bit_options, bool[] centred, int[] stream_options, SymInt in_height, SymInt in_width, "
+    "int[] choices, str backend, " + ", ".join(f"int[] {name}" for name in _GEOMETRY_FIELDS)
+)
+_DOWNSAMPLING_SCALARS = (
+    "int[] shortcut_options, bool[] shortcut_centred, int[] output_options, "
+    "bool rectifies_skipped, " + _BLOCK_SCALARS
+)
+
+
+def _block_geometry(a: Any, index: int) -> ConvGeometry:
+    return ConvGeometry(*(getattr(a, name)[index] for name in _GEOMETRY_FIELDS))
+
+
+def _layer_call(a: Any, index: int, options: Sequence[int], centred: Sequence[bool]) -> LayerCall:
+    """One convolution of a block: entry ``index`` of the lists that the named arguments hold."""
+    geometry = _block_geometry(a, index)
+    own = SimpleNamespace(**{name: getattr(a, name)[index] for name in _LAYER_TENSORS})
+    weight = ConvWeight(
+        own.weight,
+        geometry.weight_shape,
+        tuple(options),
+        tuple(centred),
+        own.weight_scale,
+        own.weight_tiles,
+    )
+    quantizer = Quantizer(tuple(options), own.input_scale, own.input_zero_point)
+    return LayerCall(weight, geometry, quantizer, own.mul, own.add, own.bias)
+
+
+def _block_stream(a: Any) -> Stream:
+    if a.stream_bits is None:
+        stream: Tensor = a.stream
+        return stream
+    options = tuple(a.stream_options)
+    channels = a.in_channels[0]
+    return PackedActivation(
+        a.stream,
+        a.stream_bits,
+        a.stream_scale,
+        a.stream_zero_point,
+        options,
+        channels,
+        a.in_height,
+        a.in_width,
+    )
+
+
+def _run_block(a: Any, branch: range, **shortcut: Any) -> tuple[Stream, Tensor, Tensor, Tensor]:
+    """What the block leaves in the stream, and bits, logits and state of the next decision."""
+    call = BlockCall(
+        _block_stream(a),
+        a.bits,
+        tuple(_layer_call(a, i, a.bit_options, a.centred) for i in branch),
+        gate=RNNGateWeights(*a.gate) if a.gate else None,
+        choices=tuple(a.choices),
+        state=a.state,
+        **shortcut,
+    )
+    if _may_read(a.bits):
+        for layer in call.branch:
+            layer.quantizer.check_values("input")
+        if call.output is not None:
+            call.output.check_values("output")
+        if call.shortcut is not None and call.shortcut_bits is not None:
+            check_bits(call.shortcut_bits, call.shortcut.weight.options, "shortcut_bits")
+    stream, step = run_block(backends.load(a.backend), call, _check_call)
+    return (stream, *(_empty_step(a) if step is None else step))
+
+
+def _empty_step(a: Any) -> GateStep:
+    """The step of a block; of one without a gate there is nothing in it."""
+    batch = a.bits.shape[0]
+    if a.gate:
+        return GateStep.empty(a.bits, batch, len(a.choices), RNNGateWeights(*a.gate).hidden)
+    return GateStep.empty(a.bits, 0, 0, 0)
+
+
+@torch.library.custom_op(
+    "dfs::gated_block_",
+    mutates_args=("stream",),
+    schema=_schema(
+        {**_BLOCK_TENSORS, "stream": "Tensor(a!)"}, _BLOCK_SCALARS, "(Tensor, Tensor, Tensor)"
+    ),
+)
+def gated_block_inplace_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_BLOCK_TENSORS, tensors, strict=True)), **scalars)
+    _, bits, logits, state = _run_block(a, range(len(a.weight)))
+    return bits, logits, state
+
+
+@gated_block_inplace_op.register_fake
+def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_BLOCK_TENSORS, tensors, strict=True)), **scalars)
+    bits, logits, state = _empty_step(a)
+    return bits, logits, state
+
+
+@torch.library.custom_op(
+    "dfs::gated_block",
+    mutates_args=(),
+    schema=_schema(
+        _DOWNSAMPLING_TENSORS, _DOWNSAMPLING_SCALARS, "(Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def gated_block_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_DOWNSAMPLING_TENSORS, tensors, strict=True)), **scalars)
+    output = None
+    if a.output_scale is not None:
+        output = Quantizer(tuple(a.output_options), a.output_scale, a.output_zero_point)
+    last = len(a.weight) - 1
+    stream, bits, logits, state = _run_block(
+        a,
+        range(last),
+        shortcut=_layer_call(a, last, a.shortcut_options, a.shortcut_centred),
+        shortcut_bits=a.shortcut_bits,
+        output=output,
+        rectifies_skipped=a.rectifies_skipped,
+    )
+    return stream if isinstance(stream, Tensor) else stream.data, bits, logits, state
+
+
+@gated_block_op.register_fake
+def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = SimpleNamespace(**dict(zip(_DOWNSAMPLING_TENSORS, tensors, strict=True)), **scalars)
+    shortcut = _block_geometry(a, -1)
+    size = shortcut.output_size(a.in_height, a.in_width)
+    shape = (a.bits.shape[0], shortcut.out_channels, *size)
+    if a.output_scale is None:
+        stream = a.bits.new_empty(shape, dtype=torch.float32)
+    else:
+        stream = new_rows(a.bits, shape, a.output_options)
+    bits, logits, state = _empty_step(a)
+    return stream, bits, logits, state
+
+
 # Gradients
 
 
@@ -542,15 +699,7 @@ def mixed_conv2d_backward_op(*tensors: Any, **scalars: Any) -> tuple[Tensor, ...
 @mixed_conv2d_backward_op.register_fake
 def _(*tensors: Any, **scalars: Any) -> tuple[Tensor, ...]:
     a = _named(_BACKWARD_TENSORS, tensors, scalars)
-    count, out_channels = len(a.bit_options), a.geometry.out_channels
-    shapes = {
-        "input": tuple(a.input.shape),
-        "weight": a.geometry.weight_shape,
-        "input_scale": (count,),
-        "weight_scale": (count, out_channels),
-        "mul": (count, out_channels),
-        "add": (count, out_channels),
-    }
+    shapes = gradient_shapes(a.input.shape, a.geometry.weight_shape, len(a.bit_options))
     return tuple(
         a.input.new_empty(shapes[name] if scalars[f"needs_{name}"] else (0,))
         for name in _BACKWARD_RESULTS

@@ -34,6 +34,18 @@ def packed_bytes(channels: int, bits: int) -> int:
     return (channels * bits + 7) // 8
 
 
+def new_packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """What packing ``codes`` (..., C) gives, to be written: uint8 (..., ceil(C*bits/8))."""
+    size = packed_bytes(codes.shape[-1], bits)
+    return codes.new_empty((*codes.shape[:-1], size), dtype=torch.uint8)
+
+
+def new_codes(packed: Tensor, channels: int, signed: bool) -> Tensor:
+    """What unpacking gives, to be written: (..., channels), int8 if ``signed``, else uint8."""
+    dtype = torch.int8 if signed else torch.uint8
+    return packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+
+
 def row_bytes(options: Sequence[int], channels: int, height: int, width: int) -> int:
     """Bytes of one sample's row: that of the widest option."""
     return height * width * packed_bytes(channels, options[-1])
@@ -199,6 +211,25 @@ class PackedActivation:
 
     def clone(self) -> PackedActivation:
         return replace(self, data=self.data.clone())
+
+
+def new_rows(like: Tensor, shape: Sequence[int], options: Sequence[int]) -> Tensor:
+    """Rows of packed activations (N, C, H, W) to be written, where ``like`` is."""
+    size = row_bytes(options, shape[1], shape[2], shape[3])
+    return like.new_empty((shape[0], size), dtype=torch.uint8)
+
+
+def new_packed(
+    like: Tensor,
+    shape: Sequence[int],
+    bits: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    options: tuple[int, ...],
+) -> PackedActivation:
+    """The same with all that says how they are to be read."""
+    data = new_rows(like, shape, options)
+    return PackedActivation(data, bits, scale, zero_point, options, *shape[1:])
 
 
 @dataclass(frozen=True)

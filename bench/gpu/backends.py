@@ -10,7 +10,8 @@ from dfs_kernels.backends import load
 def gpu_backends() -> tuple[str, ...]:
     """Backends with kernels for GPU tensors that run here; where none does, all there are."""
     kind = "cpu" if is_rehearsal() else "cuda"
-    others = tuple(n for n in backend_info() if n not in ("reference", "cpu", "defaults"))
+    not_for_gpus = ("reference", "cpu", "defaults", "choice")
+    others = tuple(n for n in backend_info() if n not in not_for_gpus)
     return tuple(name for name in others if _runs(name, kind)) or others
 
 

@@ -9,10 +9,18 @@ import torch
 from bench.gpu.device import machine
 from bench.gpu.ours import bind, stream_input
 from bench.gpu.prepared import GpuPrepared
-from bench.layers import Layer
-from bench.ours import assert_same, repeated_bits, run_from_stream, run_into_stream
+from bench.layers import Layer, layer_weights
+from bench.ours import (
+    assert_same,
+    output_steps,
+    output_zero_points,
+    repeated_bits,
+    steps,
+    zero_points,
+)
 from bench.prepared import Prepared
-from dfs_kernels import PackedActivation, RNNGateWeights, rnn_gate
+from dfs_kernels import BlockConv, PackedActivation, RNNGateWeights
+from dfs_kernels import gated_block as gated_block_op
 
 _CHOICES = (0, 2, 4, 8)
 _HIDDEN = 10
@@ -22,15 +30,22 @@ def gated_block(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
     """The 8-bit stream read and updated in place at 8 bits, then pooled by a recurrent gate."""
     device = machine().device
     stream = stream_input(layer, batch)
-    first = run_from_stream(layer, repeated_bits((8,), batch, device))
-    second = run_into_stream(layer, device)
+    bits = repeated_bits((8,), batch, device)
+    weight = layer_weights(layer, device).packed
+    # What the first convolution packs, the second one reads.
+    quantizers = (
+        (steps(layer, device), zero_points(layer, device)),
+        (output_steps(device), output_zero_points(device)),
+    )
+    branch = [BlockConv.create(weight, *own, padding=layer.padding) for own in quantizers]
     weights = _gate_weights(layer.out_channels, device)
     state = torch.zeros(2, batch, _HIDDEN, dtype=torch.float64, device=device)
 
     def run(stream: PackedActivation, backend: str | None = None) -> Any:
-        inner = first(stream, backend=backend)
-        second((inner, stream), backend=backend)
-        return rnn_gate(stream, weights, _CHOICES, state, backend=backend)
+        _, step = gated_block_op(
+            stream, bits, branch, gate=weights, choices=_CHOICES, state=state, backend=backend
+        )
+        return step
 
     bound = bind(run, implementation)
 

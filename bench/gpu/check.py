@@ -297,9 +297,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = "dry" not in names and bool(content["gpu"])
     folders = [*([results.RESULTS] if kept else []), *([out] if out else [])]
     paths = [results.write(content, folder) for folder in folders]
+    if kept and options.bench_keyword is None:
+        paths += _write_backend_table(content, names, out)
     print(results.table(content))
     print(*(f"written: {path}" for path in paths), f"logs: {logs}", sep="\n")
     return 0 if all(result.is_good for result, _ in found.values()) else 1
+
+
+def _write_backend_table(
+    content: Mapping[str, Any], names: Sequence[str], out: Path | None
+) -> list[Path]:
+    """Which backend is faster on this GPU, where the package looks for it: to be committed."""
+    status = content["parts"].get("bench", {}).get("status")
+    if status not in ("passed", "CUT OFF"):
+        return []
+    # Not before it is needed, see missing_gpu().
+    from bench.gpu import backend_table
+    from dfs_kernels.backends import measured
+
+    commit, gpu = content["commit"], content["gpu"]
+    source = {
+        "commit": commit["id"] + ("-dirty" if commit["dirty"] else ""),
+        "command": " ".join(["bench/gpu_check.sh", *names]),
+    }
+    table = backend_table.candidate(content.get("points", ()), gpu["name"], source)
+    if table is None:
+        return []
+    own = measured.table_path(gpu["name"])
+    targets = [own, *([] if out is None else [out / gpu["slug"] / "backends" / own.name])]
+    return [backend_table.write(table, target) for target in targets]
 
 
 def run_parts(

@@ -37,6 +37,7 @@ def names_for(layer: Layer, batch: int) -> list[str]:
         name
         for name, (form, how) in _OURS.items()
         if batch >= FORMS[form].smallest_batch
+        and (batch == layer.batches[0] or not FORMS[form].largest_batch_only)
         and (FORMS[form].in_buckets or how in implementations(buckets=False))
     ]
     return [*own, *_PEERS]

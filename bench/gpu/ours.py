@@ -18,7 +18,9 @@ from bench.gpu.roofline import Work
 from bench.layers import UNSIGNED_STEPS, Layer, layer_input
 from bench.ours import (
     MIX,
+    TRAINED_WIDTHS,
     Run,
+    check_gradients,
     check_in_place,
     float_bytes,
     packed_input,
@@ -26,6 +28,7 @@ from bench.ours import (
     repeated_bits,
     run_float_at_8,
     run_from_stream,
+    run_gradients,
     run_into_stream,
     run_packed,
     run_plain_float,
@@ -50,6 +53,7 @@ class Form:
         make: from layer, batch and implementation.
         in_buckets: whether it is worth timing with its samples sorted by width.
         square_only: a block's second convolution adds into what the first one read.
+        largest_batch_only: as in training.
     """
 
     label: str
@@ -57,6 +61,7 @@ class Form:
     in_buckets: bool = False
     square_only: bool = False
     smallest_batch: int = 1
+    largest_batch_only: bool = False
 
 
 def implementations(buckets: bool = True) -> tuple[str, ...]:
@@ -161,6 +166,32 @@ def at_32(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
     return GpuPrepared(prepared(run, x, copies, is_float_sum=True))
 
 
+def gradients(allows_tf32: bool) -> Callable[[Layer, int, str], GpuPrepared]:
+    """All gradients of training, of samples at 2, 4, 8 and 32 bits in turn."""
+
+    def make(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
+        device = machine().device
+        inner = bind(run_gradients(layer, batch, device), implementation)
+
+        def run(x: tuple[torch.Tensor, torch.Tensor], **backend: str) -> Any:
+            with tf32(allows_tf32):
+                return inner(x, **backend)
+
+        x = layer_input(layer, batch, device)
+        out = torch.randn(batch, layer.out_channels, layer.out_side, layer.out_side, device=device)
+        copies = copies_for(batch, 2 * float_bytes(layer, batch))
+        pairs = [(x, out), *((x.clone(), out.clone()) for _ in range(copies - 1))]
+
+        def check() -> None:
+            run((x, out))
+            few = x[: len(TRAINED_WIDTHS)], out[: len(TRAINED_WIDTHS)]
+            check_gradients(run(few), run(few, backend="reference"), allows_tf32)
+
+        return GpuPrepared(Prepared(Rotation(run, pairs), check, copies))
+
+    return make
+
+
 def quantize_at_8(layer: Layer, batch: int, implementation: str) -> GpuPrepared:
     device = machine().device
     bits = repeated_bits((8,), batch, device)
@@ -193,6 +224,10 @@ FORMS = {
     "into_stream_2": Form("2 bits in, into the stream", into_stream(2), square_only=True),
     "8_float": Form("8 bits, float in and out", float_at_8),
     "32": Form("32 bits, channels last", at_32),
+    "gradients": Form("gradients, 2/4/8/32 bits", gradients(False), largest_batch_only=True),
+    "gradients_tf32": Form(
+        "gradients in TF32, 2/4/8/32 bits", gradients(True), largest_batch_only=True
+    ),
     "quantize_pack": Form("quantize and pack, 8 bits", quantize_at_8),
     "unpack": Form("unpack and dequantize, 8 bits", unpack_at_8),
 }

@@ -87,7 +87,7 @@ conv_float_kernel(DFS_PARAMS(ConvParams) p) {
   const int my_output = thread_index() % 8 * kRun;
   float sums[4][kRun] = {};
   for (int first = 0; first < p.group_channels() * p.taps(); first += kProducts) {
-    sync_block();
+    if (first > 0) sync_block();
     stage_input(p, reader, part, first, input);
     stage_weights(p, part, first, weights);
     sync_block();

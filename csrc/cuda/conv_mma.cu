@@ -112,7 +112,7 @@ DFS_DEVICE void multiply_step(Sums<kC, kR>& sums, const uint32_t* step, const ui
     uint32_t a[kR][4];
     DFS_UNROLL for (int r = 0; r < kR; ++r) {
       DFS_UNROLL for (int i = 0; i < 2; ++i) {
-        const Words2 x = *reinterpret_cast<const Words2*>(patch + pixels[r][i] + offset);
+        const Words2 x = *in_shared<Words2>(patch + pixels[r][i] + offset);
         a[r][i] = kMasks ? x.word[0] & mask : x.word[0];
         a[r][2 + i] = kMasks ? x.word[1] & mask : x.word[1];
       }
@@ -128,7 +128,7 @@ DFS_DEVICE void multiply_step(Sums<kC, kR>& sums, const uint32_t* step, const ui
     uint32_t x[kR][2];
     DFS_UNROLL for (int r = 0; r < kR; ++r) {
       DFS_UNROLL for (int i = 0; i < 2; ++i) {
-        x[r][i] = *reinterpret_cast<const uint32_t*>(patch + pixels[r][i] + offset);
+        x[r][i] = *in_shared<uint32_t>(patch + pixels[r][i] + offset);
         if (kMasks) x[r][i] &= mask;
       }
     }

@@ -6,10 +6,11 @@
 #include "codes.h"
 #include "conv_layout.h"
 #include "dfs/types.h"
+#include "geometry.h"
 
 namespace dfs::cuda {
 
-struct ConvParams {
+struct ConvParams : Geometry {
   int64_t batch = 0;
   const int32_t* bits = nullptr;
 
@@ -21,16 +22,6 @@ struct ConvParams {
   Map output;
   bool in_place = false;
   bool relu = false;
-
-  int kernel_h = 0;
-  int kernel_w = 0;
-  int stride_h = 0;
-  int stride_w = 0;
-  int pad_top = 0;
-  int pad_left = 0;
-  int dilation_h = 0;
-  int dilation_w = 0;
-  int groups = 0;
 
   // By slot. `tiles` is what retile_weight made for the tensor cores; at 32 bits, and for the
   // general kernel, the canonical codes.
@@ -62,7 +53,6 @@ struct ConvParams {
   int pixel_step_w = 0;
   int slice_bytes = 0;
 
-  DFS_HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
   DFS_HOST_DEVICE int group_channels() const { return input.channels / groups; }
   DFS_HOST_DEVICE int group_outputs() const { return output.channels / groups; }
 };

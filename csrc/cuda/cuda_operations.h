@@ -46,6 +46,13 @@ void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t 
 // float32 (O, KH, KW, C/groups) at 32 bits. At most three launches: tensor cores, general, float32.
 void mixed_conv2d(const MixedConv2dArgs& args, Stream stream);
 
+// Gradients of a mixed convolution with float weights, or packed ones, where gradients of the
+// weight and its steps can't be wanted. `scratch`, aligned to 16 bytes, may hold anything. `tf32`:
+// products may be of factors that are rounded to TF32. At most ten launches.
+int64_t backward_scratch_bytes(const MixedConv2dBackwardArgs& args);
+void mixed_conv2d_backward(const MixedConv2dBackwardArgs& args, void* scratch, bool tf32,
+                           Stream stream);
+
 // One step of a recurrent gate, in one launch.
 void rnn_gate(const RnnGateArgs& args, Stream stream);
 

@@ -44,6 +44,12 @@ DFS_DEVICE T* to_global(T* pointer) {
   return pointer;
 }
 
+// A place in shared memory that was computed from what is stored there. The emulator checks it.
+template <typename T>
+DFS_DEVICE const T* in_shared(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
+
 // Copies 4, 8 or 16 bytes, both sides aligned to as many, past the registers.
 template <int kBytes>
 DFS_DEVICE void copy_async(void* shared, const void* global) {
@@ -54,6 +60,14 @@ DFS_DEVICE void copy_async(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(to), "l"(global), "n"(kBytes)
                  : "memory");
   }
+}
+
+// Copies 16 bytes in the same way if they exist, and stores zeros otherwise.
+DFS_DEVICE void copy_or_clear_async(void* shared, const void* global, bool exists) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 
 // Until this thread's copies have arrived; others see them after a sync_block().
@@ -71,6 +85,19 @@ DFS_DEVICE void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t 
       "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for 16 x 8 outputs and 8 products each, of floats that are rounded to TF32. The order of
+// the sums is the hardware's, the same each time. A lane holds:
+//   a[0], a[2]: row g, columns t and t + 4;   a[1], a[3]: the same of row g + 8
+//   b0, b1:     column g, rows t and t + 4
+//   c: as above
+DFS_DEVICE void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -44,15 +44,7 @@ ConvParams make_params(const MixedConv2dArgs& args) {
   p.in_place = args.has_residual && same_memory(args.residual, args.output);
   p.relu = args.relu;
   const ConvGeometry& g = args.geometry;
-  p.kernel_h = static_cast<int>(g.kernel_h);
-  p.kernel_w = static_cast<int>(g.kernel_w);
-  p.stride_h = static_cast<int>(g.stride_h);
-  p.stride_w = static_cast<int>(g.stride_w);
-  p.pad_top = static_cast<int>(g.pad_top);
-  p.pad_left = static_cast<int>(g.pad_left);
-  p.dilation_h = static_cast<int>(g.dilation_h);
-  p.dilation_w = static_cast<int>(g.dilation_w);
-  p.groups = static_cast<int>(g.groups);
+  static_cast<Geometry&>(p) = to_geometry(g);
   p.bias = args.bias;
   for (int i = 0; i < args.weight.widths.count; ++i) {
     const int slot = slot_of(args.weight.widths.bits[i]);

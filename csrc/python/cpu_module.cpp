@@ -14,30 +14,6 @@ namespace {
 
 using namespace dfs_python;
 
-void bind_mixed_conv2d_backward(py::module_& module) {
-  using dfs::MixedConv2dBackwardArgs;
-  py::class_<MixedConv2dBackwardArgs> cls(module, "MixedConv2dBackwardArgs", py::module_local());
-  def_keyword_constructor(cls);
-  def_widths(cls);
-  def_centred(cls);
-  cls.def_readwrite("batch", &MixedConv2dBackwardArgs::batch)
-      .def_readwrite("geometry", &MixedConv2dBackwardArgs::geometry)
-      .def_readwrite("input", &MixedConv2dBackwardArgs::input)
-      .def_readwrite("input_quantizer", &MixedConv2dBackwardArgs::input_quantizer)
-      .def_readwrite("grad_output", &MixedConv2dBackwardArgs::grad_output);
-  def_pointer(cls, "bits", &MixedConv2dBackwardArgs::bits);
-  def_pointer(cls, "weight", &MixedConv2dBackwardArgs::weight);
-  def_pointer(cls, "weight_scale", &MixedConv2dBackwardArgs::weight_scale);
-  def_pointer(cls, "mul", &MixedConv2dBackwardArgs::mul);
-  def_pointer(cls, "bias", &MixedConv2dBackwardArgs::bias);
-  def_pointer(cls, "grad_input", &MixedConv2dBackwardArgs::grad_input);
-  def_pointer(cls, "grad_weight", &MixedConv2dBackwardArgs::grad_weight);
-  def_pointer(cls, "grad_input_scale", &MixedConv2dBackwardArgs::grad_input_scale);
-  def_pointer(cls, "grad_weight_scale", &MixedConv2dBackwardArgs::grad_weight_scale);
-  def_pointer(cls, "grad_mul", &MixedConv2dBackwardArgs::grad_mul);
-  def_pointer(cls, "grad_add", &MixedConv2dBackwardArgs::grad_add);
-}
-
 // The checks that look at values, for callers that have not made them. What they refuse, Python
 // refuses with a message of its own, so these say only whether to go on.
 
@@ -222,7 +198,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("min_thread_cost", &dfs::min_thread_cost);
   module.def("set_min_thread_cost", &dfs::set_min_thread_cost, py::arg("nanoseconds"));
   bind_structs(module);
-  bind_mixed_conv2d_backward(module);
   bind_operations(module);
   bind_engine(module);
 }

@@ -137,6 +137,13 @@ void bind_convolution(py::module_& module) {
         dfs::cuda::mixed_conv2d(args, stream_of(stream));
       },
       "args"_a, "stream"_a, Unlocked());
+  module.def("backward_scratch_bytes", &dfs::cuda::backward_scratch_bytes, "args"_a);
+  module.def(
+      "mixed_conv2d_backward",
+      [](const dfs::MixedConv2dBackwardArgs& args, Address scratch, bool tf32, Address stream) {
+        dfs::cuda::mixed_conv2d_backward(args, pointer<void>(scratch), tf32, stream_of(stream));
+      },
+      "args"_a, "scratch"_a, "tf32"_a, "stream"_a, Unlocked());
   module.def(
       "rnn_gate",
       [](const dfs::RnnGateArgs& args, Address stream) {
@@ -153,6 +160,10 @@ PYBIND11_MODULE(DFS_MODULE, module) {
 #if defined(DFS_CUDA_EMULATED)
   module.def("take_launches", &dfs::cuda::emulator::take_launches,
              "Names of the kernels that were run since the last call.");
+  module.def("skip_barrier", &dfs::cuda::emulator::skip_barrier,
+             "Let all threads run past their barrier of this number; -1: past none.");
+  module.def("barriers_met", &dfs::cuda::emulator::barriers_met,
+             "How many barriers a thread of the last kernel met, at most.");
 #else
   bind_probe(module);
 #endif

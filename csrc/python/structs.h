@@ -61,6 +61,27 @@ void def_widths(py::class_<Struct>& cls) {
       [](Struct& self, const std::vector<int32_t>& bits) { self.widths = make_widths(bits); });
 }
 
+// One address for each width.
+template <typename Struct>
+void def_pointers(py::class_<Struct>& cls, const char* name,
+                  const void* (Struct::*member)[dfs::kMaxWidths]) {
+  cls.def_property(
+      name,
+      [member](const Struct& self) {
+        std::vector<Address> addresses;
+        for (int i = 0; i < self.widths.count; ++i) {
+          addresses.push_back(reinterpret_cast<Address>((self.*member)[i]));
+        }
+        return addresses;
+      },
+      [member](Struct& self, const std::vector<Address>& addresses) {
+        check_count(addresses.size());
+        for (size_t i = 0; i < addresses.size(); ++i) {
+          (self.*member)[i] = pointer<const void>(addresses[i]);
+        }
+      });
+}
+
 template <typename Struct>
 void def_centred(py::class_<Struct>& cls) {
   cls.def_property(
@@ -175,19 +196,7 @@ inline void bind_weight(py::module_& module) {
   def_widths(cls);
   def_centred(cls);
   def_pointer(cls, "scale", &ConvWeight::scale);
-  cls.def_property(
-      "tiles",
-      [](const ConvWeight& self) {
-        std::vector<Address> tiles;
-        for (int i = 0; i < self.widths.count; ++i) {
-          tiles.push_back(reinterpret_cast<Address>(self.tiles[i]));
-        }
-        return tiles;
-      },
-      [](ConvWeight& self, const std::vector<Address>& tiles) {
-        check_count(tiles.size());
-        for (size_t i = 0; i < tiles.size(); ++i) self.tiles[i] = pointer<const void>(tiles[i]);
-      });
+  def_pointers(cls, "tiles", &ConvWeight::tiles);
 }
 
 inline void bind_mixed_conv2d(py::module_& module) {
@@ -207,6 +216,31 @@ inline void bind_mixed_conv2d(py::module_& module) {
   def_pointer(cls, "bias", &MixedConv2dArgs::bias);
   def_pointer(cls, "mul", &MixedConv2dArgs::mul);
   def_pointer(cls, "add", &MixedConv2dArgs::add);
+}
+
+inline void bind_mixed_conv2d_backward(py::module_& module) {
+  using dfs::MixedConv2dBackwardArgs;
+  py::class_<MixedConv2dBackwardArgs> cls(module, "MixedConv2dBackwardArgs", py::module_local());
+  def_keyword_constructor(cls);
+  def_widths(cls);
+  def_centred(cls);
+  cls.def_readwrite("batch", &MixedConv2dBackwardArgs::batch)
+      .def_readwrite("geometry", &MixedConv2dBackwardArgs::geometry)
+      .def_readwrite("input", &MixedConv2dBackwardArgs::input)
+      .def_readwrite("input_quantizer", &MixedConv2dBackwardArgs::input_quantizer)
+      .def_readwrite("grad_output", &MixedConv2dBackwardArgs::grad_output);
+  def_pointer(cls, "bits", &MixedConv2dBackwardArgs::bits);
+  def_pointer(cls, "weight", &MixedConv2dBackwardArgs::weight);
+  def_pointers(cls, "packed_weight", &MixedConv2dBackwardArgs::packed_weight);
+  def_pointer(cls, "weight_scale", &MixedConv2dBackwardArgs::weight_scale);
+  def_pointer(cls, "mul", &MixedConv2dBackwardArgs::mul);
+  def_pointer(cls, "bias", &MixedConv2dBackwardArgs::bias);
+  def_pointer(cls, "grad_input", &MixedConv2dBackwardArgs::grad_input);
+  def_pointer(cls, "grad_weight", &MixedConv2dBackwardArgs::grad_weight);
+  def_pointer(cls, "grad_input_scale", &MixedConv2dBackwardArgs::grad_input_scale);
+  def_pointer(cls, "grad_weight_scale", &MixedConv2dBackwardArgs::grad_weight_scale);
+  def_pointer(cls, "grad_mul", &MixedConv2dBackwardArgs::grad_mul);
+  def_pointer(cls, "grad_add", &MixedConv2dBackwardArgs::grad_add);
 }
 
 inline void bind_rnn_gate(py::module_& module) {
@@ -252,6 +286,7 @@ inline void bind_structs(py::module_& module) {
   bind_geometry(module);
   bind_weight(module);
   bind_mixed_conv2d(module);
+  bind_mixed_conv2d_backward(module);
   bind_rnn_gate(module);
 }
 

@@ -146,6 +146,46 @@ DFS_TEST(emulator_notices_writes_past_shared_memory) {
       "leads outside of shared memory");
 }
 
+DFS_TEST(emulator_notices_reads_past_shared_memory) {
+  expect_failure(
+      +[](Nothing) { dfs::cuda::in_shared<uint32_t>(dfs::cuda::shared_memory() + 254); },
+      "reads outside of its shared memory");
+  expect_failure(
+      +[](Nothing) { dfs::cuda::in_shared<uint8_t>(dfs::cuda::shared_memory() - 1); },
+      "reads outside of its shared memory");
+  CHECK(failure_of(
+            +[](Nothing) { dfs::cuda::in_shared<uint32_t>(dfs::cuda::shared_memory() + 252); },
+            256) == "",
+        "a read of the last bytes fails");
+}
+
+DFS_TEST(emulator_runs_past_the_barrier_that_is_named) {
+  struct Params {
+    int* seen;
+  };
+  // Whether the first thread sees what the last one has written, in a block that begins with its
+  // first threads and in one that begins with its last ones.
+  const auto kernel = +[](const Params p) {
+    auto* shared = reinterpret_cast<int*>(dfs::cuda::shared_memory());
+    for (int round = 0; round < 2; ++round) {
+      if (dfs::cuda::thread_index() == 63) shared[round] = 7;
+      dfs::cuda::sync_block();
+      if (dfs::cuda::thread_index() == 0) p.seen[round] += shared[round] == 7;
+    }
+  };
+  for (int skipped = -1; skipped < 2; ++skipped) {
+    int seen[2] = {};
+    dfs::cuda::emulator::skip_barrier(skipped);
+    dfs::cuda::launch("barriers", kernel, {2, 64, 8}, Params{seen}, nullptr);
+    dfs::cuda::emulator::skip_barrier(-1);
+    CHECK(dfs::cuda::emulator::barriers_met() == 2, dfs::cuda::emulator::barriers_met());
+    for (int round = 0; round < 2; ++round) {
+      const int expected = round == skipped ? 1 : 2;
+      CHECK(seen[round] == expected, skipped, " ", round, ": ", seen[round]);
+    }
+  }
+}
+
 DFS_TEST(emulator_notices_copies_that_are_misaligned_or_not_waited_for) {
   alignas(16) static const uint8_t source[32] = {};
   expect_failure(

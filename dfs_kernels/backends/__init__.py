@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from dfs_kernels.backends import cpu, cuda, reference, triton
+from dfs_kernels.backends import cpu, cuda, measured, reference, triton
+from dfs_kernels.backends.measured import ConvProblem
 
 # Modules at hand rather than imported on demand: torch.compile can't trace an import.
 _MODULES: dict[str, ModuleType] = {
@@ -34,8 +35,8 @@ _MODULES: dict[str, ModuleType] = {
 }
 _NAMES = tuple(_MODULES)
 
-# Which backend an op takes on a device when nobody asks for one, best first. On GPUs nothing has
-# been measured yet: "cuda" moves to the front when bench/results has it faster.
+# Which backend an op takes on a device when nobody asks for one, best first. On a GPU with a table
+# of what is faster the convolutions in it take that: see measured.py.
 _DEFAULTS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
@@ -87,20 +88,41 @@ def available_backends() -> tuple[str, ...]:
 
 
 def backend_info() -> dict[str, Any]:
-    """What each backend runs on, or why it does not, and the defaults in force."""
+    """What each backend runs on, or why it does not, the defaults in force, and what chooses them.
+
+    "defaults" has the first choice for each type of device, "choice" for each GPU, in words, which
+    backend a convolution takes and why.
+    """
     info: dict[str, Any] = {}
     for name in _NAMES:
         reason = load(name).unavailable_reason()
         info[name] = {"available": reason is None}
         info[name].update({"reason": reason} if reason else load(name).info())
     info["defaults"] = {device: _override or names[0] for device, names in _DEFAULTS.items()}
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    info["choice"] = {str(gpu): _describe_choice(gpu) for gpu in gpus} or {"cuda": "no GPU"}
     return info
 
 
+def _describe_choice(device: torch.device) -> str:
+    if _override is not None:
+        return f"{_override} throughout: it was asked for"
+    order = _DEFAULTS[device.type]
+    usable = [name for name in order if load(name).unavailable_reason() is None]
+    return measured.describe(device, usable)
+
+
 def select_name(
-    op: str, requested: str | None, device: torch.device, options: Sequence[int]
+    op: str,
+    requested: str | None,
+    device: torch.device,
+    options: Sequence[int],
+    problem: ConvProblem | None = None,
 ) -> str:
     """The backend that an op will run on.
+
+    Args:
+        problem: the convolution, of packed weights, that decides its time.
 
     Raises:
         ValueError: a backend that was asked for can't run here or does not take the widths.
@@ -113,7 +135,11 @@ def select_name(
                 f"backend {asked!r} does not take {tuple(options)} bits on {device.type} tensors"
             )
         return asked
-    for name in _default_order(op, device.type):
+    order = _default_order(op, device.type)
+    # What is measured are integer widths.
+    if problem is not None and min(options) < 32:
+        order = measured.order_for(order, device, problem)
+    for name in order:
         module = load(name)
         if module.unavailable_reason() is None and module.supports(device.type, options):
             return name

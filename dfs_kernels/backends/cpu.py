@@ -12,7 +12,13 @@ from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight, WeightLayout
+from dfs_kernels.packing import (
+    PackedActivation,
+    PackedConvWeight,
+    WeightLayout,
+    new_codes,
+    new_packed_codes,
+)
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
@@ -44,7 +50,7 @@ def info() -> dict[str, Any]:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     channels = codes.shape[-1]
-    out = codes.new_empty((*codes.shape[:-1], (channels * bits + 7) // 8), dtype=torch.uint8)
+    out = new_packed_codes(codes, bits)
     if out.numel():
         rows = codes.numel() // channels
         _cpu.pack_bits(codes.data_ptr(), rows, channels, bits, out.data_ptr(), _threads())
@@ -53,8 +59,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, channels: int, signed: bool) -> Tensor:
     packed = packed.contiguous()
-    dtype = torch.int8 if signed else torch.uint8
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    out = new_codes(packed, channels, signed)
     if out.numel():
         rows = out.numel() // channels
         _cpu.unpack_bits(
@@ -146,35 +151,10 @@ def mixed_conv2d_backward(
         # The compiled form serves training, where weights are float; this one is for input
         # gradients through a packed network, which is rare.
         return reference.mixed_conv2d_backward(call, grad_output, wanted)
-    count, out_channels = len(weight.options), weight.shape[0]
     values = weight.data.contiguous()
-    gradients = ConvGradients(
-        torch.empty(x.shape) if wanted.input else None,
-        torch.empty(weight.shape) if wanted.weight else None,
-        torch.empty(count) if wanted.input_scale else None,
-        torch.empty(count, out_channels) if wanted.weight_scale else None,
-        torch.empty(count, out_channels) if wanted.mul else None,
-        torch.empty(count, out_channels) if wanted.add else None,
-    )
-    args = _cpu.MixedConv2dBackwardArgs()
-    args.batch = call.batch
-    args.bits = call.bits.data_ptr()
-    args.geometry = native.geometry(_cpu, call.geometry)
-    args.widths = list(weight.options)
-    args.centred = list(weight.centred)
-    args.input = _feature_map(x)
-    if call.input_quantizer is not None:
-        args.input_quantizer = native.quantizer(_cpu, call.input_quantizer)
+    gradients = ConvGradients.empty(call, wanted)
+    args = native.mixed_conv2d_backward_args(_cpu, call, grad_output, gradients)
     args.weight = values.data_ptr()
-    args.weight_scale = native.pointer(weight.scale)
-    args.mul, args.bias = native.pointer(call.mul), native.pointer(call.bias)
-    args.grad_output = _feature_map(grad_output)
-    args.grad_input = native.pointer(gradients.input)
-    args.grad_weight = native.pointer(gradients.weight)
-    args.grad_input_scale = native.pointer(gradients.input_scale)
-    args.grad_weight_scale = native.pointer(gradients.weight_scale)
-    args.grad_mul = native.pointer(gradients.mul)
-    args.grad_add = native.pointer(gradients.add)
     _cpu.mixed_conv2d_backward(args, _threads())
     return gradients
 

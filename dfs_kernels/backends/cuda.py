@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfs_kernels.backends import native, reference, triton
+from dfs_kernels.backends import native
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight
+from dfs_kernels.packing import PackedActivation, PackedConvWeight, new_codes, new_packed_codes
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 _EMULATOR = os.environ.get("DFS_CUDA_EMULATOR", "")
@@ -88,7 +88,7 @@ def info() -> dict[str, Any]:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     channels = codes.shape[-1]
-    out = codes.new_empty((*codes.shape[:-1], (channels * bits + 7) // 8), dtype=torch.uint8)
+    out = new_packed_codes(codes, bits)
     if out.numel():
         rows = codes.numel() // channels
         with _on(codes.device) as stream:
@@ -98,8 +98,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, channels: int, signed: bool) -> Tensor:
     packed = packed.contiguous()
-    dtype = torch.int8 if signed else torch.uint8
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    out = new_codes(packed, channels, signed)
     if out.numel():
         rows = out.numel() // channels
         with _on(packed.device) as stream:
@@ -159,13 +158,23 @@ def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation) -> None:
 def mixed_conv2d_backward(
     call: ConvCall, grad_output: Tensor, wanted: GradientsWanted
 ) -> ConvGradients:
-    """On Triton's kernels where they run: these here have no gradients.
-
-    Training multiplies in float32, where packed operands gain nothing.
-    """
-    on_gpu = not _EMULATOR and triton.unavailable_reason() is None
-    module = triton if on_gpu else reference
-    return module.mixed_conv2d_backward(call, grad_output, wanted)
+    x, weight = call.input, call.weight
+    if not isinstance(x, Tensor):
+        raise ValueError("gradients of a mixed convolution need a float input, got a packed one")
+    gradients = ConvGradients.empty(call, wanted)
+    args = native.mixed_conv2d_backward_args(_cuda, call, grad_output, gradients)
+    if weight.is_packed:
+        kept = [_canonical_codes(weight, i) for i in range(len(weight.options))]
+        args.packed_weight = [codes.data_ptr() for codes in kept]
+    else:
+        kept = [weight.data.contiguous()]
+        args.weight = kept[0].data_ptr()
+    size = _cuda.backward_scratch_bytes(args)
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    with _on(x.device) as stream:
+        _cuda.mixed_conv2d_backward(args, scratch.data_ptr(), _takes_tf32(), stream)
+    del kept
+    return gradients
 
 
 def rnn_gate(call: GateCall, out: GateStep) -> None:
@@ -174,6 +183,10 @@ def rnn_gate(call: GateCall, out: GateStep) -> None:
     args = native.gate_args(_cuda, features, weights, call.choices, call.state, out)
     with _on(out.bits.device) as stream:
         _cuda.rnn_gate(args, stream)
+
+
+def _takes_tf32() -> bool:
+    return native.allows_tf32() and not _EMULATOR
 
 
 def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:

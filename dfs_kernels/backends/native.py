@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dfs_kernels.call import ConvCall
+from dfs_kernels.call import ConvCall, ConvGradients
 from dfs_kernels.gate import GateStep, RNNGateWeights
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedActivation, Quantizer
+
+
+def allows_tf32() -> bool:
+    """TF32 only where PyTorch's own convolutions may use it."""
+    # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -99,6 +107,33 @@ def mixed_conv2d_args(
         args.residual = feature_map(module, call.residual)
     args.relu = call.relu
     args.output = feature_map(module, out)
+    return args
+
+
+def mixed_conv2d_backward_args(
+    module: Any, call: ConvCall, grad_output: Tensor, gradients: ConvGradients
+) -> Any:
+    """A backward call that writes ``gradients``, without its weight."""
+    weight = call.weight
+    assert isinstance(call.input, Tensor)
+    args = module.MixedConv2dBackwardArgs()
+    args.batch = call.batch
+    args.bits = call.bits.data_ptr()
+    args.geometry = geometry(module, call.geometry)
+    args.widths = list(weight.options)
+    args.centred = list(weight.centred)
+    args.input = feature_map(module, call.input)
+    if call.input_quantizer is not None:
+        args.input_quantizer = quantizer(module, call.input_quantizer)
+    args.weight_scale = pointer(weight.scale)
+    args.mul, args.bias = pointer(call.mul), pointer(call.bias)
+    args.grad_output = feature_map(module, grad_output)
+    args.grad_input = pointer(gradients.input)
+    args.grad_weight = pointer(gradients.weight)
+    args.grad_input_scale = pointer(gradients.input_scale)
+    args.grad_weight_scale = pointer(gradients.weight_scale)
+    args.grad_mul = pointer(gradients.mul)
+    args.grad_add = pointer(gradients.add)
     return args
 
 

@@ -20,10 +20,18 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import reference
+from dfs_kernels.backends import native
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
 from dfs_kernels.geometry import ConvGeometry
-from dfs_kernels.packing import PackedActivation, PackedConvWeight, Quantizer, row_bytes
+from dfs_kernels.packing import (
+    PackedActivation,
+    PackedConvWeight,
+    Quantizer,
+    new_codes,
+    new_packed_codes,
+    row_bytes,
+)
 from dfs_kernels.triton.configs import (
     ConvConfig,
     PixelConfig,
@@ -118,15 +126,14 @@ def _kernels() -> SimpleNamespace:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     channels = codes.shape[-1]
-    row_size = (channels * bits + 7) // 8
-    out = codes.new_empty((*codes.shape[:-1], row_size), dtype=torch.uint8)
+    out = new_packed_codes(codes, bits)
     if out.numel():
         rows = codes.numel() // channels
         block = power_of_two(channels, 8, 128)
         grid = (_tiles(rows, 64), _tiles(channels, block))
         _launch(
             _kernels().pack_bits_kernel, grid, codes.device,
-            codes, out, rows, channels, row_size,
+            codes, out, rows, channels, out.shape[-1],
             BITS=bits, BLOCK_R=64, BLOCK_C=block,
         )  # fmt: skip
     return out
@@ -134,8 +141,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, channels: int, signed: bool) -> Tensor:
     packed = packed.contiguous()
-    dtype = torch.int8 if signed else torch.uint8
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
+    out = new_codes(packed, channels, signed)
     if out.numel():
         rows = out.numel() // channels
         block = power_of_two(channels, 8, 128)
@@ -635,10 +641,7 @@ def _conv_problem(kernel: str, call: ConvCall, form: str = "") -> Problem:
 
 
 def _float_precision() -> str:
-    """TF32 only where PyTorch's own convolutions may use it."""
-    # The older setting, cudnn.allow_tf32, shows here too, and raises where the two are mixed.
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if allowed and not _INTERPRETED else "ieee"
+    return "tf32" if native.allows_tf32() and not _INTERPRETED else "ieee"
 
 
 def _takes_dots(geometry: ConvGeometry) -> bool:

@@ -5,27 +5,40 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dfs_kernels import (
+    BlockConv,
     GateStep,
     PackedActivation,
     PackedConvWeight,
     available_backends,
+    gated_block,
     mixed_conv2d,
     mixed_conv2d_,
     quantize_pack,
     rnn_gate,
+    unpack_dequantize,
 )
-from dfs_kernels.backends import cuda
+from dfs_kernels.backends import cuda, reference, triton
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import row_bytes
-from tests.kernels.cases import ConvCase, assert_matches_reference, build, run, sample_bits, subset
-from tests.kernels.test_gate import gate_weights
+from tests.kernels.cases import (
+    Built,
+    ConvCase,
+    assert_matches_reference,
+    build,
+    run,
+    sample_bits,
+    subset,
+)
+from tests.kernels.gate_cases import CHOICES, gate_weights, packed_features
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,10 +172,9 @@ def test_a_gated_block_is_three_launches() -> None:
     images = torch.rand(5, channels, 8, 8) * 3
     bits = torch.tensor([8, 0, 2, 4, 8], dtype=torch.int32)
 
-    def run_block(backend: str) -> tuple[PackedActivation, GateStep]:
+    def run_steps(backend: str) -> tuple[PackedActivation, GateStep]:
         stream = quantize_pack(images, 8, 0.013, backend=backend)
-        if backend == "cuda":
-            cuda._cuda.take_launches()
+        cuda._cuda.take_launches()
         middle = mixed_conv2d(
             stream, weights[0], bits, scales, padding=1, activation="relu", output_scale=scales,
             backend=backend,
@@ -172,12 +184,121 @@ def test_a_gated_block_is_three_launches() -> None:
         )
         return stream, rnn_gate(stream, gate, (0, 2, 4, 8), backend=backend)
 
-    run_block("cuda")  # makes the tiles, which are kept
-    stream, step = run_block("cuda")
-    assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
-    expected_stream, expected_step = run_block("reference")
-    assert torch.equal(stream.data, expected_stream.data)
-    assert torch.equal(step.bits, expected_step.bits)
+    def run_op(backend: str) -> tuple[PackedActivation, GateStep]:
+        branch = [BlockConv.create(weight, scales, padding=1) for weight in weights]
+        stream = quantize_pack(images, 8, 0.013, backend=backend)
+        cuda._cuda.take_launches()
+        _, step = gated_block(
+            stream, bits, branch, gate=gate, choices=(0, 2, 4, 8), backend=backend
+        )
+        assert step is not None
+        return stream, step
+
+    expected_stream, expected_step = run_steps("reference")
+    run_steps("cuda")  # makes the tiles, which are kept
+    for run_block in (run_steps, run_op):
+        stream, step = run_block("cuda")
+        assert cuda._cuda.take_launches() == ["conv_mma", "conv_mma", "rnn_gate"]
+        assert torch.equal(stream.data, expected_stream.data)
+        assert torch.equal(step.bits, expected_step.bits)
+
+
+def convolution_call(case: ConvCase) -> Callable[[], Tensor]:
+    arguments = build(case).arguments()
+
+    def call() -> Tensor:
+        found = mixed_conv2d(**arguments, backend="cuda")
+        return found.data if isinstance(found, PackedActivation) else found
+
+    return call
+
+
+def input_gradient_call() -> Callable[[], Tensor]:
+    """A step for each 16 of 40 outputs; then the finished tile."""
+    case = ConvCase(
+        bits=(32,) * 3,
+        group_channels=24,
+        group_outputs=40,
+        kernel=(1, 1),
+        padding=(0, 0, 0, 0),
+        size=(9, 10),
+        packed_weight=False,
+    )
+    arguments = build(case).arguments()
+    x = arguments["input"].requires_grad_()
+    y = mixed_conv2d(**arguments, backend="cuda")
+    assert isinstance(y, Tensor)
+    slope = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return lambda: torch.autograd.grad(y, x, slope, retain_graph=True)[0]
+
+
+def gate_call() -> Callable[[], Tensor]:
+    features, weights = packed_features(4, 72, 5, 4), gate_weights(72)
+
+    def call() -> Tensor:
+        step = rnn_gate(features, weights, CHOICES, backend="cuda")
+        return torch.cat([step.logits, step.bits[:, None].double()], 1)
+
+    return call
+
+
+def packing_call() -> Callable[[], Tensor]:
+    x, scale = torch.randn(4, 40, 6, 7), torch.tensor([0.02])
+    return lambda: quantize_pack(x, 8, scale, bit_options=(8,), backend="cuda").data
+
+
+def unpacking_call() -> Callable[[], Tensor]:
+    x = quantize_pack(torch.rand(4, 40, 6, 7), 8, 0.02, backend="reference")
+    return lambda: unpack_dequantize(x, backend="cuda")
+
+
+# Channels in several slices, read through the table of an 8-bit stream; products in several parts.
+_SLICED = ConvCase(
+    bits=(8, 8, 4, 2), options=(2, 4, 8), centred=(True, False, False), group_channels=136,
+    group_outputs=24, size=(9, 20), input_form="stream", residual_form="packed",
+    output_form="fixed", relu=True,
+)  # fmt: skip
+_FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 10))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("kernel", "make", "barriers"),
+    [
+        ("conv_mma", lambda: convolution_call(_SLICED), 8),
+        ("conv_float", lambda: convolution_call(_FLOAT), 9),
+        ("input_gradient", input_gradient_call, 3 + 2),
+        ("rnn_gate", gate_call, 7),
+        ("quantize_pack", packing_call, 1),
+        ("unpack_dequantize", unpacking_call, 1),
+    ],
+)
+def test_no_barrier_can_be_left_out(
+    kernel: str, make: Callable[[], Callable[[], Tensor]], barriers: int
+) -> None:
+    """The emulator lets warps run ahead: whatever a barrier is for shows without it."""
+    emulator, call = cuda._cuda, make()
+    call()  # makes what is derived from a weight
+    emulator.take_launches()
+    expected = call()
+    assert emulator.take_launches()[-1] == kernel
+    assert emulator.barriers_met() == barriers
+    for index in range(barriers):
+        emulator.skip_barrier(index)
+        try:
+            found: Tensor | None = call()
+        except RuntimeError as error:
+            assert "emulated kernel" in str(error)  # noqa: PT017
+            found = None
+        finally:
+            emulator.skip_barrier(-1)
+        assert found is None or not torch.equal(as_bits_of(found), as_bits_of(expected)), index
+    assert torch.equal(as_bits_of(call()), as_bits_of(expected))
+
+
+def as_bits_of(x: Tensor) -> Tensor:
+    """So that NaN equals itself."""
+    return x.view(torch.uint8)
 
 
 @emulated
@@ -190,6 +311,94 @@ def test_tiles_are_those_of_the_same_codes() -> None:
     tiles = cuda.retile_weight(packed, geometry)
     assert tiles.numel() == cuda.tile_bytes(geometry, packed.bit_options, packed.centred)
     assert torch.equal(tiles, cuda.retile_weight(packed, geometry))
+
+
+# Gradients, whose values test_gradients.py checks
+
+
+def training_case(groups: int = 1) -> ConvCase:
+    return ConvCase(
+        bits=(8, 0, 2, 32, 4, 8),
+        groups=groups,
+        group_channels=16 // groups,
+        group_outputs=16 // groups,
+        size=(9, 8),
+        packed_weight=False,
+    )
+
+
+def gradients_of(built: Built) -> dict[str, Tensor]:
+    arguments = built.arguments()
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    y = mixed_conv2d(**{**arguments, **leaves}, backend="cuda")
+    assert isinstance(y, Tensor)
+    slope = torch.linspace(-1, 1, y[0].numel()).view(y.shape[1:]).expand(y.shape)
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), slope), strict=True))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (
+            1,
+            "sort_samples arrange_grad gradient_weights input_gradient finish_input_scale "
+            "arrange_input weight_gradient sum_products sum_grad finish_weight",
+        ),
+        (
+            16,
+            "sort_samples gradient_weights input_gradient_direct finish_input_scale "
+            "weight_gradient_direct sum_products sum_grad finish_weight",
+        ),
+    ],
+)
+def test_gradients_are_this_backends_own(
+    groups: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in (reference, triton):
+        monkeypatch.delattr(other, "mixed_conv2d_backward")
+    built = build(training_case(groups))
+    cuda._cuda.take_launches()
+    gradients_of(built)
+    launches = cuda._cuda.take_launches()
+    assert launches[-len(expected.split()) :] == expected.split()
+
+
+@emulated
+@pytest.mark.parametrize("groups", [1, 16])
+def test_gradients_depend_on_nothing_that_memory_held(groups: int, poisoned_memory: None) -> None:
+    built = build(training_case(groups))
+    first = gradients_of(built)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    for name, value in gradients_of(built).items():
+        assert torch.equal(value, first[name]), name
+
+
+@emulated
+@pytest.mark.parametrize("groups", [1, 16])
+def test_a_samples_gradient_does_not_depend_on_the_batch(groups: int) -> None:
+    built = build(training_case(groups))
+    whole = gradients_of(built)["input"]
+    for chosen in ([5, 0], [2], [4, 1, 3, 2, 0, 5]):
+        assert torch.equal(gradients_of(subset(built, chosen))["input"], whole[chosen])
+
+
+@emulated
+def test_gradients_of_skipped_samples_read_nothing() -> None:
+    """What they hold is as good as absent."""
+    built = build(training_case())
+    expected = gradients_of(built)
+    assert isinstance(built.input, Tensor)
+    hollow = built.input.clone()
+    hollow[1] = torch.nan
+    got = gradients_of(replace(built, input=hollow))
+    assert not bool(got["input"][1].any())
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
 
 
 # Where there is no GPU

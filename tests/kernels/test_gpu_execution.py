@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from bench.gpu.backends import gpu_backends
 from bench.gpu.device import is_rehearsal, machine
 from dfs_kernels import (
+    BlockConv,
+    BlockOutput,
     PackedActivation,
     RNNGateWeights,
+    gated_block,
     mixed_conv2d,
     mixed_conv2d_,
     pack_bits,
@@ -34,6 +38,7 @@ from tests.kernels.cases import (
 from tests.kernels.gate_cases import CHOICES, gate_weights, packed_features
 from tests.kernels.host_reads import no_host_reads
 from tests.kernels.op_calls import calls_of, check_op, checkable_forms
+from tests.kernels.test_gated_block import BlockCase, assert_same_output, make_arguments
 
 pytestmark = pytest.mark.gpu
 every_backend = pytest.mark.parametrize("backend", gpu_backends())
@@ -153,15 +158,79 @@ def test_a_gate_does_not_wait(backend: str, device: torch.device) -> None:
 
 @every_backend
 def test_training_does_not_wait(backend: str, device: torch.device) -> None:
-    if is_rehearsal() and backend == "cuda":
-        pytest.skip("without a GPU its gradients are the reference's")
     arguments = arguments_on(device, case_of(("contiguous", "float", "float"), packed_weight=False))
     training_step(arguments, backend)
     with no_synchronization(backend):
         training_step(arguments, backend)
 
 
+@every_backend
+@pytest.mark.parametrize("downsamples", [False, True])
+def test_a_gated_block_does_not_wait(backend: str, downsamples: bool, device: torch.device) -> None:
+    arguments = block_on(device, BlockCase("basic", downsamples))
+    gated_block(**arguments, backend=backend)
+    with no_synchronization(backend):
+        gated_block(**arguments, backend=backend)
+
+
+def block_on(device: torch.device, case: BlockCase) -> dict[str, Any]:
+    """Arguments of a gated block there; weights and all."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, BlockConv):
+            return replace(
+                value,
+                weight=value.weight.to(device),
+                quantizer=value.quantizer.to(device),
+                mul=move(value.mul),
+                add=move(value.add),
+            )
+        if isinstance(value, RNNGateWeights):
+            return RNNGateWeights(*map(move, value))
+        if isinstance(value, list):
+            return [move(entry) for entry in value]
+        return value.to(device) if isinstance(value, (Tensor, PackedActivation)) else value
+
+    moved = {name: move(value) for name, value in make_arguments(case).items()}
+    if case.downsamples:
+        width = torch.full((len(case.bits),), 8, dtype=torch.int32, device=device)
+        moved["shortcut_bits"] = width
+    return moved
+
+
 # Graphs and streams
+
+
+@every_backend
+def test_a_graph_holds_two_blocks_and_the_decision_between_them(
+    backend: str, device: torch.device
+) -> None:
+    """The second block runs at the widths that the first one's gate chooses in each replay."""
+    identity = block_on(device, BlockCase("basic"))
+    down = block_on(device, BlockCase("basic", downsamples=True))
+    live = {**identity, **{name: identity[name].clone() for name in ("stream", "state")}}
+
+    def run(first: dict[str, Any], name: str) -> tuple[Tensor, BlockOutput]:
+        one = gated_block(**first, backend=name)
+        assert one.step is not None
+        step = {"bits": one.step.bits, "state": one.step.state}
+        return one.step.bits, gated_block(**{**down, **step, "stream": one.stream}, backend=name)
+
+    results: list[tuple[Tensor, BlockOutput]] = []
+    replay = machine().record(lambda: results.append(run(live, backend)), 1)
+    decisions = []
+    for shift in range(2):
+        codes = identity["stream"].data.roll(shift, 0)
+        live["stream"].data.copy_(codes)
+        live["state"].copy_(identity["state"].roll(shift, 1))
+        replay()
+        given = replace(identity["stream"], data=codes.clone())
+        bits, expected = run({**live, "stream": given}, "reference")
+        assert torch.equal(live["stream"].data, given.data)
+        assert torch.equal(results[-1][0], bits)
+        assert_same_output(results[-1][1], expected)
+        decisions.append(bits)
+    assert not torch.equal(*decisions)
 
 
 @every_backend
@@ -489,6 +558,67 @@ def test_gradients_of_a_larger_layer(backend: str, device: torch.device) -> None
         torch.testing.assert_close(
             got[name], value, rtol=2e-4, atol=5e-5 * scale, msg=lambda t, n=name: f"{n}: {t}"
         )
+
+
+@every_backend
+@pytest.mark.parametrize("groups", [1, 8])
+def test_gradients_are_the_same_bits_each_time(
+    backend: str, groups: int, device: torch.device
+) -> None:
+    case = ConvCase(
+        bits=BITS * 3,
+        groups=groups,
+        group_channels=16 // groups,
+        group_outputs=16 // groups,
+        size=(19, 20) if not is_rehearsal() else (4, 5),
+        packed_weight=False,
+    )
+    arguments = arguments_on(device, case)
+    expected = training_step(arguments, backend)
+    for _ in range(3 if not is_rehearsal() else 1):
+        # What the allocator hands out next holds something else.
+        torch.full((1 << 20,), torch.nan, device=device)
+        got = training_step(arguments, backend)
+        for name, value in expected.items():
+            assert torch.equal(as_bits(got[name]), as_bits(value)), name
+
+
+@every_backend
+def test_gradients_in_tf32_are_close(backend: str, device: torch.device) -> None:
+    """As PyTorch's setting allows it: eleven bits of each factor."""
+    case = ConvCase(
+        bits=BITS, group_channels=24, group_outputs=40, size=(9, 12), packed_weight=False
+    )
+    expected = training_step(build(case).arguments(), "reference")
+    arguments = arguments_on(device, case)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        got = training_step(arguments, backend)
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            got[name].cpu(), value, rtol=1e-2, atol=2e-3 * scale, msg=lambda t, n=name: f"{n}: {t}"
+        )
+
+
+@every_backend
+def test_a_recorded_training_step_reads_the_bits_of_each_replay(
+    backend: str, device: torch.device
+) -> None:
+    arguments = arguments_on(device, case_of(("contiguous", None, "float"), packed_weight=False))
+    bits = arguments["bits"].clone()
+    training_step(arguments, backend)
+    found: dict[str, Tensor] = {}
+
+    def step() -> None:
+        found.update(training_step({**arguments, "bits": bits}, backend))
+
+    replay = machine().record(step, 1)
+    for roll in (1, 3):
+        bits.copy_(arguments["bits"].roll(roll))
+        replay()
+        expected = training_step({**arguments, "bits": bits.clone()}, backend)
+        for name, value in expected.items():
+            assert torch.equal(as_bits(found[name]), as_bits(value)), name
 
 
 @every_backend

@@ -27,6 +27,7 @@ CONVS: dict[str, dict[str, Any]] = {
     "unused_border": {"stride": 3},
     "grouped": {"padding": 1, "groups": 2},
     "depthwise": {"padding": 1, "groups": 4},
+    "strided_depthwise": {"padding": 1, "stride": (2, 3), "groups": 4},
 }
 
 

@@ -28,7 +28,19 @@ HOT = (
     "unpack_dequantize_kernel",
     "pack_bits_kernel",
     "rnn_gate_kernel",
+    "input_gradient_kernel",
+    "input_gradient_direct_kernel",
+    "22weight_gradient_kernel",
+    "weight_gradient_direct_kernel",
+    "arrange_kernel",
+    "sum_products_kernel",
+    "finish_weight_kernel",
 )
+# Tiles, kernel sizes, and with or without TF32.
+INPUT_GRADIENTS = 3 * 3 * 2
+WEIGHT_GRADIENTS = 3 * 2
+# Multiply-adds of a thread in a step of 16 products, and of a warp on tensor cores.
+STEP_PRODUCTS = {"FFMA": 512, "HMMA.1688.F32.TF32": 16}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?\w+\s+)?([^;]*);")
 
 
@@ -111,6 +123,9 @@ def test_the_inner_loops_are_as_short_as_planned(architecture: str) -> None:
         # Packed input, halo and weights past the registers; stream and residual; packed output.
         ("conv_mma_kernel", ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")),
         ("quantize_pack_kernel", ("STG.E.128",)),
+        ("arrange_kernel", ("LDG.E.128", "STG.E.128")),
+        ("input_gradient_kernel", ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")),
+        ("22weight_gradient_kernel", ("LDGSTS.E.BYPASS.128", "STG.E.128")),
         ("unpack_dequantize_kernel", ("LDG.E.128",)),
         ("16pack_bits_kernel", ("LDG.E.128", "STG.E.128")),
         ("unpack_bits_kernel", ("LDG.E.128", "STG.E.128")),
@@ -123,6 +138,27 @@ def test_global_memory_is_read_and_written_16_bytes_at_a_time(
         found = operations(code)
         for name in expected:
             assert any(operation.startswith(name) for operation in found), name
+
+
+@every_architecture
+def test_gradients_multiply_as_they_are_told(architecture: str) -> None:
+    """By multiply-adds, more than half of a loop's instructions, or in TF32, one of 27 at least."""
+    for kernel, count in (
+        ("input_gradient_kernel", INPUT_GRADIENTS),
+        ("22weight_gradient_kernel", WEIGHT_GRADIENTS),
+    ):
+        instances = kernels(architecture, kernel)
+        assert len(instances) == count
+        in_tf32 = 0
+        for code in instances:
+            found = operations(code)
+            assert not any(name.startswith(("RED", "ATOM")) for name in found)
+            name = "HMMA.1688.F32.TF32" if found["HMMA.1688.F32.TF32"] else "FFMA"
+            in_tf32 += name != "FFMA"
+            inner = [len(b) for b in loops(code) if operations(b)[name] == STEP_PRODUCTS[name]]
+            assert len(inner) == 1
+            assert inner[0] < (960 if name == "FFMA" else 440)
+        assert in_tf32 == count // 2
 
 
 def test_the_emulated_module_is_no_part_of_the_package() -> None:

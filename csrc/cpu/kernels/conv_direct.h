@@ -28,6 +28,7 @@ constexpr int64_t kLevelsAtOnce = 64;
 // [kernel_h][vectors][kLanes] int32 per group, if zero points are corrected for afterwards; the
 // weights follow, vectors of dwords [vectors][kernel_h][kernel_w][planes] per group.
 struct DirectLayout {
+  int64_t outputs;  // of one group
   int64_t vectors;
   int64_t planes;
   int64_t vector_step;  // dwords
@@ -38,7 +39,8 @@ struct DirectLayout {
 template <typename Dword>
 inline DirectLayout direct_layout(const ConvGeometry& g) {
   DirectLayout layout;
-  layout.vectors = ceil_div(g.out_channels / g.groups, kLanes);
+  layout.outputs = g.out_channels / g.groups;
+  layout.vectors = ceil_div(layout.outputs, kLanes);
   layout.planes = dword_planes<Dword>(g.in_channels / g.groups);
   layout.vector_step = g.kernel_h * g.kernel_w * layout.planes * kLanes;
   const bool has_sums = !kSubtractsZeroPoint && !std::is_same<Dword, float>::value;
@@ -264,7 +266,6 @@ struct DirectMultiply {
         (layout.sum_dwords + group * layout.group_dwords + vector * layout.vector_step +
          row_begin * g.kernel_w * layout.planes * kLanes) *
             4;
-    const int64_t outputs = g.out_channels / g.groups;
     for_each_tile(x_end - x_begin, kTilePixels[vectors], [&](int64_t first, int64_t pixels) {
       const int64_t x = x_begin + first;
       // What is left out has to outweigh the ends of three loops instead of one: with 16 products
@@ -273,13 +274,13 @@ struct DirectMultiply {
       const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
                                may_skip && pads_right && x + pixels == shape->out_width};
       const bool whole = !part.skips_left && !part.skips_right;
-      dot_tile_for<Dword, Vector>(pixels, vectors)(whole ? long_walk : walk, part,
-                                                   row + x * walk.pixel_step, weights, start, sums);
+      const auto tile = dot_tile_for<Dword, Vector>(pixels, vectors, walk.pixel_step);
+      tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, weights, start, sums);
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t channel = (vector + v) * kLanes;
         const Vector* column = sums + v;
-        finish_vector(epilogue, out_y, out_x + first, pixels, group * outputs + channel,
-                      min_of(outputs - channel, kLanes),
+        finish_vector(epilogue, out_y, out_x + first, pixels, group * layout.outputs + channel,
+                      min_of(layout.outputs - channel, kLanes),
                       [&](int64_t p) { return as_floats(column[p * vectors]); });
       }
     });

@@ -115,8 +115,8 @@ inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* 
   unroll<kSums>([&](auto i) { even[i] = odd[i] = _mm512_setzero_si512(); });
   for (int64_t kh = 0; kh < kernel_h; ++kh) {
     const uint8_t* code = codes + row_offsets[kh];
-    // One code plane times four output channels.
-    const auto step = [&] {
+    // One code plane times four output channels, the first of a sum or one more.
+    const auto step = [&](auto is_first) {
       __m512i activations[kVectors];
       unroll<kVectors>(
           [&](auto v) { activations[v] = _mm512_loadu_si512(code + v * kTableLanes); });
@@ -134,7 +134,8 @@ inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* 
         const __m512i row = _mm512_load_si512(table + (offsets[kGroup] >> kShift & 0x3fc0));
         unroll<kVectors>([&](auto v) {
           __m512i& sum = bytes[o * kVectors + v];
-          sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(activations[v], row));
+          const __m512i products = _mm512_permutexvar_epi8(activations[v], row);
+          sum = is_first ? products : _mm512_add_epi8(sum, products);
           pin(&sum);
         });
       });
@@ -149,13 +150,13 @@ inline void table_tile(const uint8_t* codes, int64_t plane_step, const int64_t* 
     };
     int64_t plane = 0;
     for (; plane + kByteSteps <= planes; plane += kByteSteps) {
-      unroll<kSums>([&](auto i) { bytes[i] = _mm512_setzero_si512(); });
-      unroll<static_cast<int>(kByteSteps)>([&](auto) { step(); });
+      unroll<static_cast<int>(kByteSteps)>(
+          [&](auto i) { step(std::integral_constant<bool, i == 0>{}); });
       widen();
     }
     if (plane < planes) {
-      unroll<kSums>([&](auto i) { bytes[i] = _mm512_setzero_si512(); });
-      for (; plane < planes; ++plane) step();
+      step(std::true_type{});
+      for (++plane; plane < planes; ++plane) step(std::false_type{});
       widen();
     }
   }

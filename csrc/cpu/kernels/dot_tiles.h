@@ -36,56 +36,80 @@ struct WindowPart {
   bool skips_right;  // the last kernel column of the last pixel
 };
 
-// Keeps a pointer in a register of its own.
-inline void pin(const uint8_t** pointer) {
+// Keeps a number in a register of its own.
+inline void pin(int64_t* value) {
 #if defined(__GNUC__)
-  asm("" : "+r"(*pointer));
+  asm("" : "+r"(*value));
 #endif
 }
 
+// Where the pixels of a tile lie, as x86 addresses of one base and one index: pixel i = 2^k * odd
+// takes 2^k times the register that holds odd * step. A step known to the compiler (kStep, else 0)
+// takes no register, and a little less time where every product has an address of its own.
+template <int kPixels, int kStep>
+struct PixelOffsets {
+  static constexpr int kOdds = kPixels > 1 ? kPixels / 2 : 1;
+  int64_t odd[kOdds];
+
+  explicit PixelOffsets(int64_t step) {
+    if constexpr (kStep == 0) {
+      unroll<kOdds>([&](auto i) {
+        odd[i] = (2 * i + 1) * step;
+        pin(&odd[i]);
+      });
+    }
+  }
+
+  template <int kPixel>
+  const uint8_t* at(const uint8_t* base) const {
+    if constexpr (kPixel == 0) return base;
+    if constexpr (kStep != 0) return base + kPixel * kStep;
+    constexpr int kPower = kPixel & -kPixel;
+    return base + odd[kPixel / kPower / 2] * kPower;
+  }
+};
+
 // Adds one kernel column for pixels [kFirst, kLast) of a tile.
-template <typename Dword, typename Vector, int kFirst, int kLast, int kPixels, int kVectors>
-inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk, const uint8_t* column,
+template <typename Dword, typename Vector, int kFirst, int kLast, int kPixels, int kVectors,
+          int kStep>
+inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk,
+                                                      const PixelOffsets<kPixels, kStep>& offsets,
+                                                      const uint8_t* column,
                                                       const uint8_t** weights,
                                                       Vector (&sums)[kPixels * kVectors]) {
-  // An address takes a base and once or twice an index: one base serves three pixels.
-  constexpr int kBases = (kLast + 2) / 3;
-  const int64_t step = walk.pixel_step;
-  const uint8_t* bases[kBases];
-  unroll<kBases>([&](auto i) { bases[i] = column + 3 * i * step; });
+  const int64_t vector_step = walk.vector_step;
+  const int64_t plane_step = walk.plane_step;
   const uint8_t* weight = *weights;
-  for (int64_t plane = 0; plane < walk.planes; ++plane) {
+  const uint8_t* end = weight + walk.planes * static_cast<int64_t>(sizeof(Vector));
+  for (; weight != end; weight += sizeof(Vector)) {
     Vector w[kVectors];
-    unroll<kVectors>(
-        [&](auto v) { std::memcpy(&w[v], weight + v * walk.vector_step, sizeof(w[v])); });
+    unroll<kVectors>([&](auto v) { std::memcpy(&w[v], weight + v * vector_step, sizeof(w[v])); });
     unroll<kLast - kFirst>([&](auto i) {
       constexpr int kPixel = kFirst + i;
-      const Vector value = splat_dword<Dword>(bases[kPixel / 3] + kPixel % 3 * step);
+      const Vector value = splat_dword<Dword>(offsets.template at<kPixel>(column));
       unroll<kVectors>([&](auto v) {
         Vector& sum = sums[kPixel * kVectors + v];
         sum = dot(sum, value, w[v]);
       });
     });
-    weight += sizeof(Vector);
-    unroll<kBases>([&](auto i) {
-      bases[i] += walk.plane_step;
-      pin(&bases[i]);
-    });
+    column += plane_step;
   }
-  *weights = weight;
+  *weights = end;
 }
 
 // result[pixel][vector][lane] = start[vector][lane] + dot(window, weights).
-template <typename Dword, typename Vector, int kPixels, int kVectors>
+template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
 inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
                      const uint8_t* weights, const Vector* start, Vector* result) {
   Vector sums[kPixels * kVectors];
   unroll<kPixels * kVectors>([&](auto i) { sums[i] = start[i % kVectors]; });
+  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
   for (int64_t kh = 0; kh < part.rows; ++kh) {
     const uint8_t* column = input + kh * walk.row_step;
     for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
       const auto columns = [&](auto begin, auto end) {
-        dot_column<Dword, Vector, begin, end, kPixels, kVectors>(walk, column, &weights, sums);
+        dot_column<Dword, Vector, begin, end, kPixels, kVectors>(walk, offsets, column, &weights,
+                                                                 sums);
       };
       constexpr std::integral_constant<int, 0> kBegin;
       constexpr std::integral_constant<int, kPixels> kEnd;
@@ -112,19 +136,22 @@ template <typename Vector>
 using DotTile = void (*)(const WindowWalk&, const WindowPart&, const uint8_t*, const uint8_t*,
                          const Vector*, Vector*);
 
-template <typename Dword, typename Vector, int kVectors, int... kIndex>
+template <typename Dword, typename Vector, int kVectors, int kStep, int... kIndex>
 inline DotTile<Vector> tile_of(int64_t pixels, std::integer_sequence<int, kIndex...>) {
-  static constexpr DotTile<Vector> kTiles[] = {dot_tile<Dword, Vector, kIndex + 1, kVectors>...};
+  static constexpr DotTile<Vector> kTiles[] = {
+      dot_tile<Dword, Vector, kIndex + 1, kVectors, kStep>...};
   return kTiles[pixels - 1];
 }
 
-// The tile of 1 to kTilePixels[vectors] pixels and one or two vectors.
+// The tile of 1 to kTilePixels[vectors] pixels, pixel_step bytes apart, and one or two vectors.
 template <typename Dword, typename Vector>
-inline DotTile<Vector> dot_tile_for(int64_t pixels, int64_t vectors) {
-  if (vectors == 1) {
-    return tile_of<Dword, Vector, 1>(pixels, std::make_integer_sequence<int, kTilePixels[1]>{});
-  }
-  return tile_of<Dword, Vector, 2>(pixels, std::make_integer_sequence<int, kTilePixels[2]>{});
+inline DotTile<Vector> dot_tile_for(int64_t pixels, int64_t vectors, int64_t pixel_step) {
+  constexpr std::make_integer_sequence<int, kTilePixels[1]> kNarrow;
+  constexpr std::make_integer_sequence<int, kTilePixels[2]> kWide;
+  if (vectors == 2) return tile_of<Dword, Vector, 2, 0>(pixels, kWide);
+  // 16 channels in as many bytes.
+  if (pixel_step == 16) return tile_of<Dword, Vector, 1, 16>(pixels, kNarrow);
+  return tile_of<Dword, Vector, 1, 0>(pixels, kNarrow);
 }
 
 // Calls fn(x, pixels) for tiles of nearly equal width that make up `width` pixels.

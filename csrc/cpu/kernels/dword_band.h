@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "kernel_table.h"
 #include "quantizer.h"
+#include "requantize.h"
 #include "transpose.h"
 #include "vectors.h"
 #include "window.h"
@@ -79,10 +80,15 @@ inline RowScratch row_scratch(const WindowShape& shape, Arena* arena) {
 // How the rows of one sample are read.
 struct RowSource {
   SampleView input;
-  bool as_stored;         // codes are used as they are
-  ActivationRange range;  // that the codes are made with
+  bool as_stored;           // codes are used as they are
+  ActivationRange range;    // that the codes are made with
+  Requantizer requantizer;  // from the codes of the input, if it has others
   RowScratch scratch;
 };
+
+inline bool has_codes(const SampleView& input) {
+  return input.values == nullptr && input.bits != 0 && input.bits != 32;
+}
 
 inline RowSource row_source(const ConvTask& task, const RowScratch& scratch) {
   const MixedConv2dArgs& args = *task.args;
@@ -91,6 +97,9 @@ inline RowSource row_source(const ConvTask& task, const RowScratch& scratch) {
   source.as_stored = loads_as_stored(args);
   source.range = loaded_range(task, source.input);
   source.scratch = scratch;
+  if (!source.as_stored && has_codes(source.input)) {
+    source.requantizer.set(source.input.range, source.range);
+  }
   return source;
 }
 
@@ -103,13 +112,13 @@ inline const uint8_t* read_codes(const RowSource& source, int64_t y, int64_t pix
     const uint8_t* packed = pixel_codes(input, y, 0);
     if (input.bits == 8) return packed;
     unpack_pixels(packed, pixels, channels, input.bits, false, source.scratch.codes);
-  } else if (input.values == nullptr && input.bits != 0 && input.bits != 32) {
+  } else if (has_codes(input)) {
     const uint8_t* packed = pixel_codes(input, y, 0);
     if (input.bits != 8) {
       unpack_pixels(packed, pixels, channels, input.bits, false, source.scratch.codes);
       packed = source.scratch.codes;
     }
-    requantize_codes(packed, pixels * channels, input.range, source.range, source.scratch.codes);
+    source.requantizer.run(packed, pixels * channels, source.scratch.codes);
   } else if (input.values != nullptr && input.stride_c == 1) {
     const float* src = input.values + y * input.stride_h;
     if (input.stride_w == channels) {

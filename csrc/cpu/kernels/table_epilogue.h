@@ -87,22 +87,32 @@ inline __m512i plane_codes(const VectorEpilogue& e, int64_t channel, const Pixel
   const Floats multiplier = splat(e.multiplier[channel]);
   const Floats offset = splat(e.offset[channel]);
   const Floats inverse_scale = splat(e.range.inverse_scale);
-  const Floats low = splat(e.range.low);
-  const Floats high = splat(e.range.high);
   const Ints quarters[4] = {_mm512_srai_epi32(_mm512_slli_epi32(sums.even, 16), 16),
                             _mm512_srai_epi32(_mm512_slli_epi32(sums.odd, 16), 16),
                             _mm512_srai_epi32(sums.even, 16), _mm512_srai_epi32(sums.odd, 16)};
-  // Bytes of the sum are the codes: each is between 0 and 255 once its zero point is added.
-  Ints codes = splat(static_cast<int32_t>(static_cast<uint32_t>(e.range.zero_point) * 0x01010101u));
+  Floats values[4];
   unroll<4>([&](auto i) {
-    Floats value = add(multiply(to_floats(quarters[i]), multiplier), offset);
+    values[i] = add(multiply(to_floats(quarters[i]), multiplier), offset);
     if constexpr (kResidual) {
       const Ints byte = _mm512_and_si512(_mm512_srli_epi32(residual, 8 * i), splat(0xff));
       const Ints level = subtract(byte, splat(e.residual_range.zero_point));
-      value = add(value, multiply(to_floats(level), splat(e.residual_range.scale)));
+      values[i] = add(values[i], multiply(to_floats(level), splat(e.residual_range.scale)));
     }
-    if (e.relu) value = rectify(value);
-    const Floats level = min(max(multiply(value, inverse_scale), low), high);
+    if (e.relu) values[i] = rectify(values[i]);
+    values[i] = min(splat(e.range.high), multiply(values[i], inverse_scale));
+  });
+  if (e.range.zero_point == 0) {
+    // Packing turns what is negative to 0; see VectorFinish::code_or_negative().
+    const Ints low_words = _mm512_packs_epi32(round_to_ints(values[0]), round_to_ints(values[1]));
+    const Ints high_words = _mm512_packs_epi32(round_to_ints(values[2]), round_to_ints(values[3]));
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(_mm512_packus_epi16(low_words, high_words),
+                               _mm512_broadcast_i32x4(order));
+  }
+  // Bytes of the sum are the codes: each is between 0 and 255 once its zero point is added.
+  Ints codes = splat(static_cast<int32_t>(static_cast<uint32_t>(e.range.zero_point) * 0x01010101u));
+  unroll<4>([&](auto i) {
+    const Floats level = max(values[i], splat(e.range.low));
     codes = add(codes, shift_left<8 * i>(round_to_ints(level)));
   });
   return codes;

@@ -96,55 +96,105 @@ inline Epilogue block_epilogue(const ConvTask& task, float* values, uint8_t* cod
   return epilogue;
 }
 
+// What is needed to finish one vector of channels [first, first + count), count <= kLanes.
+template <ResidualForm kResidual, bool kWhole>
+struct VectorFinish {
+  const VectorEpilogue& e;
+  int64_t count;
+  Floats multiplier;
+  Floats offset;
+  Floats inverse_scale;
+  Floats low;
+  Floats high;
+  Ints zero_point;
+  Floats residual_scale;
+  Ints residual_zero_point;
+
+  VectorFinish(const VectorEpilogue& epilogue, int64_t first, int64_t channels)
+      : e(epilogue), count(channels) {
+    multiplier = load(e.multiplier + first);
+    offset = load(e.offset + first);
+    inverse_scale = splat(e.range.inverse_scale);
+    low = splat(e.range.low);
+    high = splat(e.range.high);
+    zero_point = splat(e.range.zero_point);
+    residual_scale = splat(e.residual_range.scale);
+    residual_zero_point = splat(e.residual_range.zero_point);
+  }
+
+  Floats load(const void* src) const { return kWhole ? load_floats(src) : load_floats(src, count); }
+
+  // y of one pixel.
+  Floats value(Floats sums, const uint8_t* residual) const {
+    Floats y = add(multiply(sums, multiplier), offset);
+    if constexpr (kResidual == ResidualForm::kBytes) {
+      const Ints codes = kWhole ? load_bytes(residual) : load_bytes(residual, count);
+      y = add(y, multiply(to_floats(subtract(codes, residual_zero_point)), residual_scale));
+    } else if constexpr (kResidual == ResidualForm::kFloats) {
+      y = add(y, load(residual));
+    }
+    return e.relu ? rectify(y) : y;
+  }
+
+  Ints code(Floats y) const {
+    const Floats level = min(max(multiply(y, inverse_scale), low), high);
+    return add(round_to_ints(level), zero_point);
+  }
+
+  // The same for a zero point of 0, except that any negative number stands for 0. (Of two operands
+  // min gives the second if either is NaN, and NaN is rounded to the smallest integer.)
+  Ints code_or_negative(Floats y) const {
+    return round_to_ints(min(high, multiply(y, inverse_scale)));
+  }
+};
+
 // One vector of channels [first, first + count) of a run of pixels, count <= kLanes; sums_of(p)
 // gives the sums of its pixel p as floats. kBits is the output's, 32 for floats.
 template <int kBits, ResidualForm kResidual, bool kWhole, typename Sums>
 inline void finish_vector_as(const VectorEpilogue& e, int64_t y, int64_t x, int64_t pixels,
                              int64_t first, int64_t count, Sums sums_of) {
-  const auto load = [count](const void* src) {
-    return kWhole ? load_floats(src) : load_floats(src, count);
-  };
   constexpr int64_t kFloatBytes = sizeof(float);
-  const Floats multiplier = load(e.multiplier + first);
-  const Floats offset = load(e.offset + first);
-  const Floats inverse_scale = splat(e.range.inverse_scale);
-  const Floats low = splat(e.range.low);
-  const Floats high = splat(e.range.high);
-  const Ints zero_point = splat(e.range.zero_point);
-  const Floats residual_scale = splat(e.residual_range.scale);
-  const Ints residual_zero_point = splat(e.residual_range.zero_point);
+  const VectorFinish<kResidual, kWhole> finish(e, first, count);
+  const int64_t residual_step = e.residual.pixel_step;
+  const int64_t output_step = e.output.pixel_step;
   const uint8_t* residual = nullptr;
   if constexpr (kResidual != ResidualForm::kNone) {
     residual = e.residual.at(y, x) +
                first * (kResidual == ResidualForm::kFloats ? kFloatBytes : int64_t{1});
   }
   uint8_t* output = e.output.at(y, x) + first * kBits / 8;
-  for (int64_t p = 0; p < pixels; ++p) {
-    Floats value = add(multiply(sums_of(p), multiplier), offset);
-    if constexpr (kResidual == ResidualForm::kBytes) {
-      const Ints codes = kWhole ? load_bytes(residual) : load_bytes(residual, count);
-      value = add(value, multiply(to_floats(subtract(codes, residual_zero_point)), residual_scale));
-    } else if constexpr (kResidual == ResidualForm::kFloats) {
-      value = add(value, load(residual));
+  int64_t p = 0;
+#if defined(__AVX512VNNI__)
+  if constexpr (kBits != 32 && kWhole) {
+    if (e.range.zero_point == 0) {
+      for (; p + kStoredPixels <= pixels; p += kStoredPixels) {
+        Ints codes[kStoredPixels];
+        unroll<kStoredPixels>([&](auto i) {
+          const Floats value = finish.value(sums_of(p + i), residual + i * residual_step);
+          codes[i] = finish.code_or_negative(value);
+        });
+        store_pixels<kBits>(output, output_step, codes);
+        residual += kStoredPixels * residual_step;
+        output += kStoredPixels * output_step;
+      }
     }
-    if (e.relu) value = rectify(value);
+  }
+#endif
+  for (; p < pixels; ++p) {
+    const Floats value = finish.value(sums_of(p), residual);
     if constexpr (kBits == 32) {
       if constexpr (kWhole) {
         store(output, value);
       } else {
         store(output, value, count);
       }
+    } else if constexpr (kWhole) {
+      store_lanes<kBits>(output, finish.code(value));
     } else {
-      const Floats level = min(max(multiply(value, inverse_scale), low), high);
-      const Ints code = add(round_to_ints(level), zero_point);
-      if constexpr (kWhole) {
-        store_lanes<kBits>(output, code);
-      } else {
-        store_lanes<kBits>(output, code, count);
-      }
+      store_lanes<kBits>(output, finish.code(value), count);
     }
-    residual += e.residual.pixel_step;
-    output += e.output.pixel_step;
+    residual += residual_step;
+    output += output_step;
   }
 }
 

@@ -207,6 +207,42 @@ inline void store_lanes(uint8_t* dst, Ints codes) {
   }
 }
 
+#if defined(__AVX512VNNI__)
+// Pixels whose codes are stored together.
+constexpr int kStoredPixels = 4;
+
+// Stores the codes of as many pixels, pixel_step bytes apart. What lies below the codes' range is
+// stored as 0, what lies above it must not occur.
+template <int kBits>
+inline void store_pixels(uint8_t* dst, int64_t pixel_step, const Ints (&codes)[kStoredPixels]) {
+  constexpr size_t kBytes = static_cast<size_t>(kLanes) * kBits / 8;
+  // Packing goes by 128-bit lanes: the dwords of a lane are four channels of each pixel.
+  const Ints words[2] = {_mm512_packs_epi32(codes[0], codes[1]),
+                         _mm512_packs_epi32(codes[2], codes[3])};
+  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+  alignas(64) uint8_t packed[kStoredPixels * kBytes];
+  if constexpr (kBits == 8) {
+    _mm512_store_si512(packed, bytes);
+  } else {
+    const Ints pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(kBits == 4 ? 0x1001 : 0x0401));
+    if constexpr (kBits == 4) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(pairs));
+    } else {
+      const Ints fours = _mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001));
+      _mm_store_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(fours));
+    }
+  }
+  if (pixel_step == static_cast<int64_t>(kBytes)) {
+    std::memcpy(dst, packed, sizeof(packed));
+    return;
+  }
+  for (int p = 0; p < kStoredPixels; ++p) {
+    std::memcpy(dst + p * pixel_step, packed + static_cast<size_t>(p) * kBytes, kBytes);
+  }
+}
+#endif
+
 // The first `count` codes; the rest of the last byte is zero.
 template <int kBits>
 inline void store_lanes(uint8_t* dst, Ints codes, int64_t count) {

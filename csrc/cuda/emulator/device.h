@@ -28,14 +28,28 @@ T* to_global(T* pointer) {
   return pointer;
 }
 
+template <typename T>
+const T* in_shared(const void* pointer) {
+  emulator::check_shared(pointer, sizeof(T));
+  return static_cast<const T*>(pointer);
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emulator::copy_async(shared, global, kBytes);
 }
+inline void copy_or_clear_async(void* shared, const void* global, bool exists) {
+  alignas(16) static const uint8_t kZeros[16] = {};
+  emulator::copy_async(shared, exists ? global : kZeros, 16);
+}
 inline void wait_for_copies() { emulator::wait_for_copies(); }
 
 inline void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_tile(c, a, b0, b1);
+}
+
+inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply_tile(c, a, b0, b1);
 }
 

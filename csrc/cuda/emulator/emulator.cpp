@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -16,7 +17,7 @@ constexpr int kLanes = 32;
 constexpr size_t kGuardBytes = 256;
 constexpr uint8_t kPoison = 0xcd;
 
-enum class Wait { kNothing, kBlock, kMultiply, kShuffle };
+enum class Wait { kNothing, kBlock, kMultiply, kMultiplyFloats, kShuffle };
 
 struct Copy {
   void* to;
@@ -28,9 +29,11 @@ struct Thread {
   Fiber fiber;
   Wait wait = Wait::kNothing;
   bool done = false;
+  int barriers = 0;
   std::vector<Copy> copies;
   // What it brings to an operation of its warp, and takes from it.
   int32_t (*sums)[4] = nullptr;
+  float (*float_sums)[4] = nullptr;
   uint32_t a[4] = {};
   uint32_t b[2] = {};
   uint64_t value = 0;
@@ -57,11 +60,20 @@ struct Block {
 
 thread_local Block* block = nullptr;
 thread_local std::vector<std::string> launches;
+thread_local int skipped_barrier = -1;
+thread_local int most_barriers = 0;
 
 void wait_for(Wait what) {
   Thread& self = block->running();
   self.wait = what;
   self.fiber.pause();
+}
+
+void bring_factors(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Thread& self = block->running();
+  std::memcpy(self.a, a, sizeof(self.a));
+  self.b[0] = b0;
+  self.b[1] = b1;
 }
 
 int signed_byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
@@ -98,6 +110,36 @@ void multiply_warp(Thread* const* lanes) {
   }
 }
 
+float float_of(uint32_t word) {
+  constexpr uint32_t kBeyondTf32 = (1u << 13) - 1;
+  if ((word & kBeyondTf32) != 0) block->fail("a factor is not rounded to TF32");
+  float value = 0.0f;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// The same for mma.m16n8k8, TF32.
+void multiply_floats(Thread* const* lanes) {
+  float a[16][8];
+  float b[8][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int group = lane / 4;
+    const int first = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[group + i % 2 * 8][first + i / 2 * 4] = float_of(lanes[lane]->a[i]);
+    }
+    for (int i = 0; i < 2; ++i) b[first + 4 * i][group] = float_of(lanes[lane]->b[i]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8;
+      const int column = 2 * (lane % 4) + i % 2;
+      float& sum = (*lanes[lane]->float_sums)[i];
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+    }
+  }
+}
+
 void shuffle_warp(Thread* const* lanes) {
   uint64_t values[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -117,12 +159,14 @@ bool step_warp(int warp) {
     lanes[lane] = block->pool[static_cast<size_t>(warp * kLanes + lane)].get();
   }
   const Wait wait = lanes[0]->wait;
-  if (lanes[0]->done || (wait != Wait::kMultiply && wait != Wait::kShuffle)) return false;
+  if (lanes[0]->done || wait == Wait::kNothing || wait == Wait::kBlock) return false;
   for (Thread* lane : lanes) {
     if (lane->done || lane->wait != wait) return false;
   }
   if (wait == Wait::kMultiply) {
     multiply_warp(lanes);
+  } else if (wait == Wait::kMultiplyFloats) {
+    multiply_floats(lanes);
   } else {
     shuffle_warp(lanes);
   }
@@ -176,6 +220,7 @@ void run_block(const std::function<void()>& kernel) {
     Thread& thread = *block->pool[static_cast<size_t>(i)];
     thread.wait = Wait::kNothing;
     thread.done = false;
+    thread.barriers = 0;
     thread.copies.clear();
     thread.fiber.start(kernel);
   }
@@ -213,6 +258,7 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
                              std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
   launches.emplace_back(name);
+  most_barriers = 0;
   block = &kept;
   block->name = name;
   block->threads = shape.threads;
@@ -227,13 +273,29 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
   }
 }
 
+void skip_barrier(int index) { skipped_barrier = index; }
+int barriers_met() { return most_barriers; }
+
 std::vector<std::string> take_launches() { return std::exchange(launches, {}); }
 
 int thread_index() { return block->current; }
 int block_index() { return block->index; }
 int block_threads() { return block->threads; }
 uint8_t* shared_memory() { return block->shared(); }
-void sync_block() { wait_for(Wait::kBlock); }
+
+void sync_block() {
+  const int index = block->running().barriers++;
+  most_barriers = std::max(most_barriers, index + 1);
+  if (index != skipped_barrier) wait_for(Wait::kBlock);
+}
+
+void check_shared(const void* pointer, size_t bytes) {
+  const auto* from = static_cast<const uint8_t*>(pointer);
+  const uint8_t* begin = block->shared();
+  if (from < begin || from + bytes > begin + block->shared_bytes) {
+    block->fail("it reads outside of its shared memory");
+  }
+}
 
 void copy_async(void* shared, const void* global, int bytes) {
   const auto* to = static_cast<uint8_t*>(shared);
@@ -253,12 +315,15 @@ void wait_for_copies() {
 }
 
 void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Thread& self = block->running();
-  self.sums = &c;
-  std::memcpy(self.a, a, sizeof(self.a));
-  self.b[0] = b0;
-  self.b[1] = b1;
+  block->running().sums = &c;
+  bring_factors(a, b0, b1);
   wait_for(Wait::kMultiply);
+}
+
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  block->running().float_sums = &c;
+  bring_factors(a, b0, b1);
+  wait_for(Wait::kMultiplyFloats);
 }
 
 uint64_t shuffle_xor(uint64_t value, int mask) {

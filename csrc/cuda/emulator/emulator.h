@@ -7,6 +7,7 @@
 // an error. It says nothing about speed.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -22,15 +23,25 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
 // The kernels that this thread has run since it asked last.
 std::vector<std::string> take_launches();
 
+// To see whether kernels need their barriers: threads run past theirs of this number, 0 for the
+// first that each of them meets, until another is named; -1 for none.
+void skip_barrier(int index);
+
+// How many barriers a thread of the last kernel met, at most.
+int barriers_met();
+
 // Of the thread that is running, within run().
 int thread_index();
 int block_index();
 int block_threads();
 uint8_t* shared_memory();
 void sync_block();
+void check_shared(const void* pointer, size_t bytes);
 void copy_async(void* shared, const void* global, int bytes);
 void wait_for_copies();
 void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+// Of floats whose low bits, beyond those of TF32, are zero.
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint64_t shuffle_xor(uint64_t value, int mask);
 
 }  // namespace dfs::cuda::emulator

@@ -137,13 +137,14 @@ struct MixedConv2dBackwardArgs {
   WidthTable widths;
   bool centred[kMaxWidths] = {};
 
-  FeatureMap input;                     // float32
-  Quantizer input_quantizer;            // its widths equal `widths`
-  const float* weight = nullptr;        // (O, C/groups, KH, KW) float32, contiguous
-  const float* weight_scale = nullptr;  // (count, O)
-  const float* mul = nullptr;           // (count, O) or null
-  const float* bias = nullptr;          // (O) or null
-  FeatureMap grad_output;               // float32, gradient of y before residual and activation
+  FeatureMap input;                            // float32
+  Quantizer input_quantizer;                   // its widths equal `widths`
+  const float* weight = nullptr;               // (O, C/groups, KH, KW) float32, contiguous
+  const void* packed_weight[kMaxWidths] = {};  // canonical codes instead of `weight`; CUDA only
+  const float* weight_scale = nullptr;         // (count, O)
+  const float* mul = nullptr;                  // (count, O) or null
+  const float* bias = nullptr;                 // (O) or null
+  FeatureMap grad_output;  // float32, gradient of y before residual and activation
 
   float* grad_input = nullptr;         // (N, C, H, W) contiguous
   float* grad_weight = nullptr;        // (O, C/groups, KH, KW)
