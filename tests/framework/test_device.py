@@ -16,20 +16,12 @@ from dfs.nn import PerWidthBatchNorm2d
 from dfs.train import TrainConfig, Trainer, evaluate
 from dfs.train.distributed import choose_device, mean_values
 from dfs.train.stages import float_precision
-from tests.framework.helpers import TINY, equal_content, tiny_data
+from tests.framework.helpers import TINY, TINY_PAPER, equal_content, tiny_data
 
 _FACTORIES = {
     *(torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn),
     *(torch.randint, torch.eye, torch.linspace, torch.randperm),
 }
-_PAPER = replace(
-    TINY,
-    recipe="paper",
-    semantics="paper",
-    stream="float32",
-    choices=(0, 8, 32),
-    cost_tolerance=1e3,
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ class _NamedDevices(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("config", [TINY, _PAPER], ids=["dfs", "paper"])
+@pytest.mark.parametrize("config", [TINY, TINY_PAPER], ids=["dfs", "paper"])
 def test_steps_name_their_device_and_do_not_wait_for_it(
     config: TrainConfig, data: DataSplits
 ) -> None:

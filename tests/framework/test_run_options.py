@@ -22,7 +22,7 @@ from dfs.train.presets import load_preset, preset_names, to_toml
 from dfs.train.recipes import settings_of, stages_of
 from dfs.train.stages import Stage, accumulate, decay
 from tests.framework import data_files
-from tests.framework.helpers import TINY, equal_content, settled_model, tiny_data
+from tests.framework.helpers import TINY, TINY_PAPER, equal_content, settled_model, tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_stage_declares_every_setting_that_it_reads(recipe: str, data: DataSpl
         "dfs": TINY,
         "static": replace(TINY, recipe="static", static_widths=(2, 8)),
         "static32": replace(TINY, recipe="static", static_widths=(32,)),
-        "paper": _PAPER,
+        "paper": TINY_PAPER,
     }[recipe]
     trainer = Trainer(config, None, data)
     trainer.check_target = lambda: None  # type: ignore[method-assign]
@@ -259,7 +259,7 @@ def test_unverified_data_must_be_allowed_by_name(tmp_path: Path) -> None:
 
 def test_settings_of_the_network_decide_what_is_built(data: DataSplits) -> None:
     assert Trainer(replace(TINY, model="resnet14"), None, data).model.gated_blocks == 5
-    semantics = Trainer(_PAPER, None, data).model.semantics
+    semantics = Trainer(TINY_PAPER, None, data).model.semantics
     assert (semantics.quantizer, semantics.paper_skipping) == ("paper", True)
     assert not Trainer(TINY, None, data).model.semantics.paper_skipping
 
@@ -267,7 +267,7 @@ def test_settings_of_the_network_decide_what_is_built(data: DataSplits) -> None:
 def test_beta_weighs_the_cost_in_the_papers_loss(data: DataSplits) -> None:
     weights = []
     for beta in (0.0, 0.5):
-        trainer = Trainer(replace(_PAPER, beta=beta, gate_epochs=1), None, data)
+        trainer = Trainer(replace(TINY_PAPER, beta=beta, gate_epochs=1), None, data)
         trainer.run(2)
         weights.append(trainer.model.gate.state_dict())
     assert not equal_content(*weights)
@@ -368,22 +368,6 @@ def test_a_teacher_of_another_depth_teaches(data: DataSplits, tmp_path: Path) ->
 
 # The paper's recipe
 
-_PAPER = replace(
-    TINY,
-    recipe="paper",
-    semantics="paper",
-    stream="float32",
-    choices=(0, 8, 32),
-    target=0.3,
-    float_epochs=2,
-    gate_epochs=3,
-    gate_lr=0.05,
-    joint_epochs=1,
-    joint_lr=0.01,
-    beta=0.05,
-    cost_tolerance=10.0,
-)
-
 
 def _expected_cost(trainer: Trainer) -> float:
     """Of decisions drawn from the gate's softmax."""
@@ -399,7 +383,7 @@ def test_the_papers_rule_pushes_the_cost_towards_the_target(
     target: float, up: bool, data: DataSplits
 ) -> None:
     # A joint step with nearly nothing but the rule in its loss.
-    config = replace(_PAPER, target=target, gate_epochs=1, beta=10.0, joint_lr=1e-4)
+    config = replace(TINY_PAPER, target=target, gate_epochs=1, beta=10.0, joint_lr=1e-4)
     trainer = Trainer(config, None, data)
     trainer.run(2)
     with torch.no_grad():
@@ -412,7 +396,7 @@ def test_the_papers_rule_pushes_the_cost_towards_the_target(
 
 def test_the_papers_second_stage_goes_to_full_execution(data: DataSplits) -> None:
     costs: list[float] = []
-    trainer = Trainer(replace(_PAPER, gate_epochs=6, beta=0.3), None, data)
+    trainer = Trainer(replace(TINY_PAPER, gate_epochs=6, beta=0.3), None, data)
     trainer.run(1)
     with torch.no_grad():
         trainer.model.gate.proj.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
@@ -423,7 +407,7 @@ def test_the_papers_second_stage_goes_to_full_execution(data: DataSplits) -> Non
 
 
 def test_the_papers_backbone_is_frozen_in_its_second_stage(data: DataSplits) -> None:
-    trainer = Trainer(_PAPER, None, data)
+    trainer = Trainer(TINY_PAPER, None, data)
     trainer.run(1)
     trainer.run(2, max_steps=1)
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
@@ -553,7 +537,7 @@ def test_curves_go_to_tensorboard_where_it_is_installed(
 
 
 def test_every_stage_says_what_it_is() -> None:
-    for config in (TINY, _PAPER, replace(TINY, recipe="static", static_widths=(2,))):
+    for config in (TINY, TINY_PAPER, replace(TINY, recipe="static", static_widths=(2,))):
         names = [stage.name for stage in stages_of(config)]
         assert len(set(names)) == len(names)
         assert all(stage.__doc__ and stage.settings for stage in stages_of(config))
