@@ -19,7 +19,7 @@ from bench.interleaved import interleave, per_round, spread
 from dfs.data import DataSplits, ImageSet
 from dfs.train import Trainer
 from dfs.train.presets import load_preset
-from dfs.train.stages import FloatStage, JointStage, Stage
+from dfs.train.stages import FloatStage, JointStage, Measured, Stage
 
 pytest.importorskip("pytest_benchmark")
 
@@ -63,7 +63,7 @@ def _steps(stage: Stage, count: int) -> Callable[[], None]:
 class _GivenDecisions(JointStage):
     """Joint training's step on the weights, at random decisions instead of the gates'."""
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         model = self.model
         drawn = torch.randint(len(model.choices), (_BATCH, model.gated_blocks))
         policy = torch.tensor(model.choices, dtype=torch.int32)[drawn]

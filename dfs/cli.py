@@ -29,7 +29,7 @@ from dfs.nn import replicas
 from dfs.predict import Predictor, predictions_table
 from dfs.progress import run_control
 from dfs.report import (
-    COST_LABELS,
+    PLOTS,
     REPORT_NAME,
     TABLE_NAMES,
     ResultRow,
@@ -38,8 +38,7 @@ from dfs.report import (
     engine_times_table,
     plot_engine_times,
     plot_run,
-    plot_tradeoff,
-    read_tables,
+    plot_sweep,
     require_plotting,
     results_table,
     rich_summary,
@@ -51,7 +50,7 @@ from dfs.report import (
 from dfs.settings import configure, contradictions, parse_numbers, parse_widths
 from dfs.train import StageError, TrainConfig, Trainer, evaluate
 from dfs.train.checkpoint import CheckpointError
-from dfs.train.distributed import joined
+from dfs.train.distributed import choose_device, joined
 from dfs.train.network import CHECKPOINT_NAME, load_network
 from dfs.train.plan import TimePlan
 from dfs.train.sweep import METHODS, Sweep
@@ -98,6 +97,10 @@ Preset = Annotated[
 LatencyFile = Annotated[
     Path | None,
     typer.Option(help="What dfs bench --latency-table wrote; makes latency the cost of a run."),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one."),
 ]
 Setting = Annotated[
     list[str] | None,
@@ -179,6 +182,7 @@ def train(
     waived: Waived = None,
     setting: Setting = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    device: Device = "auto",
     max_minutes: MaxMinutes = None,
     as_json: Json = False,
 ) -> None:
@@ -200,20 +204,21 @@ def train(
         overrides["choices"] = _parse_choices(choices)
     if latency_table is not None:
         overrides |= {"latency_table": str(latency_table.resolve()), "cost": cost or "latency"}
-    with joined():
+    place = _device(device)
+    with joined(place):
         if resume:
-            trainer = _resume(out, preset, overrides, dataset, data, waived, setting or [])
+            trainer = _resume(out, preset, overrides, dataset, data, waived, setting or [], place)
         else:
             if (out / CHECKPOINT_NAME).exists():
                 raise UserError(f"{out} already holds a run; use --resume, or another --out")
             overrides |= _data_settings(dataset, data, waived)
             with _user_errors():
                 config = configure(preset, overrides, setting or [])
-            trainer = _make_trainer(config, out)
+            trainer = _make_trainer(config, out, place)
         with run_control(max_minutes) as control:
-            place = (trainer.stage_index, trainer.step)
             if not trainer.done:
-                control.follow(TimePlan(trainer.config, trainer.data, *place))
+                at = (trainer.stage_index, trainer.step)
+                control.follow(TimePlan(trainer.config, trainer.data, *at))
             finished = trainer.run(None, control.progress, control.stopping)
         if not finished:
             stage = trainer.stages[trainer.stage_index].name
@@ -231,9 +236,10 @@ def _resume(
     data: Path | None,
     waived: list[str] | None,
     settings: list[str],
+    device: torch.device,
 ) -> Trainer:
     """The run in ``out``; what is given beside it must agree with its settings."""
-    trainer = Trainer.load(out, data_folder=data)
+    trainer = Trainer.load(out, data_folder=data, device=device)
     if dataset not in (None, AUTO):
         overrides["dataset"] = dataset
     if waived:
@@ -251,17 +257,18 @@ def evaluate_run(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     data: Data = None,
     waived: Waived = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and measured time of a trained run, beside its float network."""
     if split not in ("val", "test"):
         raise UserError(f"--split must be val or test, got {split!r}")
     if run.is_file():
-        _report_network(run, split, data, waived or [], as_json)
+        _report_network(run, split, data, waived or [], as_json, _device(device))
         return
     if waived:
         raise UserError("--allow-unverified-data is for checkpoints; a run keeps its own")
-    trainer = Trainer.load(run, data_folder=data)
+    trainer = Trainer.load(run, data_folder=data, device=_device(device))
     if not trainer.done:
         raise UserError(
             f"{run} is not finished: it is in stage {trainer.stages[trainer.stage_index].name!r}; "
@@ -272,7 +279,13 @@ def evaluate_run(
 
 @app.command()
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the sweep; one that was stopped goes on. By default sweeps/DATASET, or "
+            "sweeps/DATASET-PRESET."
+        ),
+    ] = None,
     preset: Preset = None,
     targets: Annotated[
         str, typer.Option(help="Cost targets, as fractions of full precision.")
@@ -290,32 +303,37 @@ def sweep(
         Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
     ] = None,
     setting: Setting = None,
+    device: Device = "auto",
     max_minutes: MaxMinutes = None,
     as_json: Json = False,
 ) -> None:
     """Dynamic networks at several targets, beside what they must beat, in one table.
 
     All are trained with the same teacher and as many sample passes; what they can share is trained
-    once. Killed at any moment, the same command goes on. Writes table.md, table.csv and table.json.
+    once. Killed at any moment, the same command goes on. Writes table.md, table.csv, table.json,
+    plots, and report.html.
     """
     overrides: dict[str, Any] = {} if model is None else {"model": model}
     overrides |= _data_settings(dataset, data, waived)
     with _user_errors():
+        config = configure(preset, overrides, setting or [])
+        if out is None:
+            name = "" if preset is None else f"-{Path(preset).stem}"
+            out = Path("sweeps") / f"{config.dataset}{name}"
         planned = Sweep(
-            configure(preset, overrides, setting or []),
+            config,
             out,
             parse_numbers(targets, "--targets", float),
             parse_numbers(seeds, "--seeds", int),
             tuple(METHODS) if methods == "all" else tuple(methods.split(",")),
             latency_table=None if latency_table is None else LatencyTable.load(latency_table),
+            device=_device(device),
         )
         planned.check()
-    title = f"{planned.base.model} on {planned.base.dataset}"
 
     def write() -> list[SummaryRow]:
         rows = summarise(planned.results())
-        about = {"title": title, "left_out": planned.skipped, "base": planned.base.to_dict()}
-        write_tables(out, rows, about)
+        write_tables(planned.folder, rows, planned.about())
         return rows
 
     with run_control(max_minutes) as control:
@@ -330,10 +348,27 @@ def sweep(
     rows = write()
     if not done:
         raise typer.Exit(_stopped(f"{len(planned.results())} results; the same command goes on"))
+    page = _show_sweep(planned)
     if as_json:
-        _print_json({"rows": [asdict(row) for row in rows]})
+        _print_json({"rows": [asdict(row) for row in rows], "report": page})
     else:
-        Console().print(rich_summary(rows, title))
+        Console().print(rich_summary(rows, planned.about()["title"]))
+        print(page or "no plots and no page: matplotlib is not installed")
+
+
+def _show_sweep(done: Sweep) -> str | None:
+    """Plots and the page of a sweep that is done; None without matplotlib."""
+    try:
+        require_plotting()
+    except ImportError:
+        return None
+    for entry in done.about()["decisions"]:
+        run = done.folder / entry["run"]
+        trainer = Trainer.load(run, done.data(done.seeds[0]), device=done.device)
+        plot_run(trainer, run / PLOTS)
+    page = done.folder / REPORT_NAME
+    write_sweep_report(done.folder, page)
+    return str(page)
 
 
 @app.command()
@@ -348,12 +383,7 @@ def plot(
     folder = out or source / "plots"
     with _user_errors():
         if _is_sweep(source):
-            rows = read_tables(source)
-            written = [
-                folder / f"accuracy-{cost}.png"
-                for cost in COST_LABELS
-                if plot_tradeoff(folder / f"accuracy-{cost}.png", rows, cost)
-            ]
+            written = plot_sweep(source, folder)
         else:
             written = plot_run(Trainer.load(source, data_folder=data), folder)
     for path in written:
@@ -585,7 +615,11 @@ def import_checkpoint(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a checkpoint of the paper's authors (Torment123/DFS) into one of this project's."""
+    """Make a checkpoint of the paper's authors (Torment123/DFS) into one of this project's.
+
+    Decisions and logits are theirs up to float32's rounding, which differs as much between two
+    batch sizes of theirs: by about 1e-4 of the largest logit. In float64 they agree to 1e-6.
+    """
     from dfs.import_authors import import_authors
 
     if out.exists():
@@ -654,6 +688,12 @@ def _data_settings(
     return settings
 
 
+def _device(name: str) -> torch.device:
+    """Where to compute; the process's own GPU under torchrun."""
+    with _user_errors():
+        return choose_device(name)
+
+
 def _parse_choices(text: str) -> tuple[int, ...]:
     try:
         return parse_widths(text, "--choices")
@@ -675,10 +715,10 @@ def _user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def _make_trainer(config: TrainConfig, out: Path) -> Trainer:
+def _make_trainer(config: TrainConfig, out: Path, device: torch.device) -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
     with _user_errors():
-        trainer = Trainer(config, out)
+        trainer = Trainer(config, out, device=device)
         trainer.check_target()
     return trainer
 
@@ -699,13 +739,19 @@ def _report_run(trainer: Trainer, split: str, as_json: bool) -> None:
 
 
 def _report_network(
-    path: Path, split: str, data: Path | None, waived: Sequence[str], as_json: bool
+    path: Path,
+    split: str,
+    data: Path | None,
+    waived: Sequence[str],
+    as_json: bool,
+    device: torch.device,
 ) -> None:
     """A checkpoint that no run surrounds: there is no float network beside it."""
     network = load_network(path)
     config = network.config
-    found = _data_of(config, data, waived).prepared(network.preprocessing)
-    rows = [ResultRow("DFS", evaluate(network.model, found.val if split == "val" else found.test))]
+    found = _data_of(config, data, waived).prepared(network.preprocessing).to(device)
+    images = found.val if split == "val" else found.test
+    rows = [ResultRow("DFS", evaluate(network.model.to(device), images))]
     _print_results(config, found, split, rows, as_json)
 
 

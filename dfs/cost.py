@@ -66,7 +66,7 @@ class Cost:
 
     def __call__(self, mask: Tensor) -> Tensor:
         """Cost per sample (N,) of one-hot decisions (N, gated blocks, choices)."""
-        return self.fixed + (mask * self.table.to(mask)).sum((1, 2))
+        return self.fixed + (mask * self.table.to(mask, non_blocking=True)).sum((1, 2))
 
     def of_choices(self) -> Tensor:
         """The cost of taking each choice in every block, float64 (choices,)."""

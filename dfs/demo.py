@@ -69,8 +69,8 @@ def run_demo(
         result = evaluate(run.model, test)
         name = f"DFS, target {target:.0%}"
         rows.append(ResultRow(name, result))
-        assert result.bits is not None
-        decisions.append((f"{name}: cost {result.paper_cost:.2%}", result.bits))
+        shares = result.shares(config.choices)
+        decisions.append((f"{name}: cost {result.paper_cost:.2%}", shares))
     plot = out / "decisions.png"
     plot_decisions(plot, decisions, config.choices)
     title = (

@@ -4,6 +4,12 @@ Theirs are ``torch.save`` files of {"state_dict": ..., "arch": ...}; the RNN-gat
 any depth and number of options are understood. The network that comes out has the semantics of
 ``dfs.models.PAPER``, and gives their logits and decisions with the rounding of activations made
 deterministic: their code adds uniform noise to the codes before rounding them.
+
+How equal: computed in float64, the logits of a ResNet-38 agree to 1e-6 and all decisions are the
+same. In float32 the order of a sum decides how a value on the edge between two codes is rounded,
+and what is rounded differently is carried on. With random weights and logits of up to 18, ours then
+differ from theirs by up to 1.3e-3, and theirs from themselves by as much: 1.1e-3 between a batch
+of 12 and one image at a time, 1.3e-3 from float64.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,11 +16,16 @@ from rich.table import Table
 
 from dfs.nn import replicas
 from dfs.train.plan import TimePlan
-from dfs.train.sweep import SweepProgress
+from dfs.train.sweep import SweepPlan, SweepProgress
+
+# Where bars can't be redrawn, as in a log file: seconds between lines.
+_LINE_SECONDS = 20.0
 
 
 class RunControl:
     """What a trainer tells of its steps and asks after them.
+
+    On a terminal there are bars; elsewhere, such as in a log file, a line now and then.
 
     Args:
         bars: shown while it is entered.
@@ -30,6 +36,8 @@ class RunControl:
         self._bars = bars
         self._task: Any = None
         self._stage = ""
+        self._measured: dict[str, float] = {}
+        self._line_at = -math.inf
         self._stop = False
         self._plan: TimePlan | None = None
         self._plan_shown = False
@@ -41,13 +49,10 @@ class RunControl:
 
     def progress(self, stage: str, step: int, total: int, measured: dict[str, float]) -> None:
         """A step is done: :data:`dfs.train.trainer.Progress`."""
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in measured.items())
-        if self._plan is not None:
-            shown = f"{self._left(stage, step)}  {shown}"
         if stage != self._stage or step == 1:
-            self._stage = stage
-            self._task = self._bars.add_task(stage, total=total, shown="")
-        self._bars.update(self._task, completed=step, shown=shown)
+            self._begin(stage, total)
+        left = "" if self._plan is None else self._left(stage, step)
+        self._show(step, total, left, measured)
 
     def _left(self, stage: str, step: int) -> str:
         plan = self._plan
@@ -57,25 +62,47 @@ class RunControl:
         if seconds is None:
             return ""
         if not self._plan_shown:
-            self._plan_shown = True
-            self._bars.console.print(plan_table(plan))
-        return f"{format_minutes(seconds)} to go"
+            self._show_plan(plan_table(plan))
+        return f"{format_duration(seconds)} to go"
 
     def sweep_progress(self, at: SweepProgress) -> None:
         """The same of a sweep, which knows itself how long it has to go."""
-        left = "" if at.seconds_left is None else f"{format_minutes(at.seconds_left)} to go  "
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in at.measured.items())
         label = f"{at.done + 1}/{at.entries} {at.label}: {at.stage}"
         if label != self._stage:
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            self._stage = label
-            self._task = self._bars.add_task(label, total=at.steps, shown="")
-        self._bars.update(self._task, completed=at.step, shown=left + shown)
+            self._begin(label, at.steps)
+        if at.plan is not None and not self._plan_shown:
+            self._show_plan(sweep_plan_table(at.plan))
+        left = "" if at.seconds_left is None else f"{format_duration(at.seconds_left)} to go"
+        self._show(at.step, at.steps, left, at.measured)
+
+    def _show_plan(self, table: Table) -> None:
+        self._plan_shown = True
+        self._bars.console.print(table)
+        # In a log, the time left comes with the next step.
+        self._line_at = -math.inf
+
+    def _begin(self, label: str, steps: int) -> None:
+        self._stage, self._measured = label, {}
+        self._task = self._bars.add_task(label, total=steps, shown="")
+
+    def _show(self, step: int, steps: int, left: str, measured: dict[str, float]) -> None:
+        """Steps done, time left, and the latest of everything measured: not every step has all."""
+        self._measured |= measured
+        shown = "  ".join([left, *(f"{k} {v:.3g}" for k, v in self._measured.items())]).strip()
+        self._bars.update(self._task, completed=step, shown=shown)
+        if self._bars.console.is_terminal:
+            return
+        now = time.monotonic()
+        if step == steps or now >= self._line_at + _LINE_SECONDS:
+            self._line_at = now
+            clock = time.strftime("%H:%M:%S")
+            self.say(f"{clock}  {self._stage}  {step}/{steps}  {shown}")
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self._bars.console.print(text, soft_wrap=True)
+        self._bars.console.print(text, soft_wrap=True, highlight=False)
 
     def stopping(self) -> bool:
         """Whether the run is to save and end."""
@@ -93,13 +120,16 @@ class RunControl:
 @contextmanager
 def run_control(max_minutes: float | None = None) -> Iterator[RunControl]:
     """Bars on standard error, and signals that stop the run cleanly."""
+    console = Console(stderr=True, quiet=replicas.rank() > 0)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[shown]}"),
-        console=Console(stderr=True, quiet=replicas.rank() > 0),
+        console=console,
+        # Elsewhere the lines tell it all; the bars would come once, in the end.
+        disable=not console.is_terminal,
     )
     control = RunControl(bars, max_minutes)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -113,21 +143,42 @@ def run_control(max_minutes: float | None = None) -> Iterator[RunControl]:
             signal.signal(number, handler)
 
 
-def format_minutes(seconds: float) -> str:
-    """Such as "45 s", "12 min" or "3.4 h"."""
+def format_duration(seconds: float) -> str:
+    """Such as "45 s", "12 min", "3.4 h" or "2.5 days"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def plan_table(plan: TimePlan) -> Table:
     """The stages of a run and how long each is likely to take."""
-    table = Table(title="Time ahead, from the first steps", title_justify="left")
-    table.add_column("stage")
-    for column in ("steps", "epochs", "minutes"):
-        table.add_column(column, justify="right")
+    table = _table("Time ahead, from the first steps", "stage", "steps", "epochs", "time")
+    total = 0.0
     for stage in plan.stages():
-        minutes = "" if stage.minutes is None else f"{stage.minutes:.1f}"
+        total += stage.seconds or 0.0
+        time_ahead = "" if stage.seconds is None else format_duration(stage.seconds)
         guess = "" if stage.measured else "about "
-        table.add_row(stage.name, str(stage.steps), f"{stage.epochs:.1f}", guess + minutes)
+        table.add_row(stage.name, str(stage.steps), f"{stage.epochs:.1f}", guess + time_ahead)
+    table.add_row("together", "", "", f"about {format_duration(total)}")
+    return table
+
+
+def sweep_plan_table(plan: SweepPlan) -> Table:
+    """The networks that a sweep still has to train and how long each is likely to take."""
+    table = _table("Time ahead, from the first steps", "to be trained", "steps", "time")
+    for name, steps, seconds in plan.rows:
+        table.add_row(name, str(steps), f"about {format_duration(seconds)}")
+    together = sum(seconds for _, _, seconds in plan.rows)
+    table.add_row("together", "", f"about {format_duration(together)}")
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
     return table

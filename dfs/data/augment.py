@@ -57,7 +57,8 @@ class Augmentation:
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tensor:
     """Pixels (rows[n, i], columns[n, j]) of every image n."""
     count, channels, height, width = images.shape
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    rows = rows.to(images.device, non_blocking=True)
+    columns = columns.to(images.device, non_blocking=True)
     inside_rows, inside_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     index = inside_rows[:, :, None] * width + inside_columns[:, None]
     every_channel = index.view(count, 1, -1).expand(-1, channels, -1)

@@ -42,6 +42,9 @@ class Images(Protocol):
     ) -> ImageSet:
         """The augmented batch of a step, a function of its arguments alone."""
 
+    def take(self, index: Tensor) -> Images:
+        """Those of an index, int64 (n,)."""
+
     def to(self, device: torch.device | str) -> Images:
         """The same set, its batches on ``device``."""
 
@@ -92,7 +95,7 @@ class ImageSet:
         return ImageSet(self.images, self.labels, preprocessing)
 
     def take(self, index: Tensor) -> ImageSet:
-        index = index.to(self.images.device)
+        index = index.to(self.images.device, non_blocking=True)
         return ImageSet(self.images[index], self.labels[index], self.preprocessing)
 
     def normalized(self) -> ImageSet:
@@ -180,6 +183,14 @@ class DataSplits:
             name: part.prepared(preprocessing) for name, part in self._parts().items()
         }
         return replace(self, **parts, preprocessing=preprocessing)
+
+    def limited(self, count: int) -> DataSplits:
+        """With ``count`` of the training images at most, a tenth of them for the gates."""
+        gates = max(count // 10, 1)
+        train = self.train.take(torch.arange(min(count - gates, len(self.train))))
+        return replace(
+            self, train=train, gate=self.gate.take(torch.arange(min(gates, len(self.gate))))
+        )
 
     def _parts(self) -> dict[str, Images]:
         return {name: getattr(self, name) for name in ("train", "gate", "val", "test")}

@@ -61,8 +61,8 @@ class Preprocessing:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (N, C, H, W) as a network's input, float32 of the same shape and device."""
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
+        statistics = torch.tensor([self.mean, self.std]).to(pixels.device, non_blocking=True)
+        mean, std = statistics[:, :, None, None]
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:

@@ -155,10 +155,12 @@ class DFSConv2d(nn.Conv2d):
 
     def _simulate(self, x: Tensor, bits: int | Tensor) -> Tensor:
         """Each width's samples as a batch of their own, in float on quantized values."""
-        widths = widths_of(bits, x.shape[0], x.device)
         options = (*self.bit_options, 32)
-        check_bits(widths, options)
         x = x.to(self.weight.dtype)
+        if isinstance(bits, int) and bits in options and len(x):
+            return self._simulate_at(x, bits)
+        widths = widths_of(bits, x.shape[0], x.device)
+        check_bits(widths, options)
         empty = super().forward(x[:0])
         result = empty.new_zeros(x.shape[0], *empty.shape[1:])
         for width in options:

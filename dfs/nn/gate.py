@@ -75,11 +75,14 @@ class Gate(nn.Module):
         choice_bias: float64 (len(choices),), added to the logits: moves the cost of a trained gate
             without training it again.
         deviation: whether the features are every channel's mean and deviation, not the mean alone.
+        common_gradient: while training, the share that is kept of the gradient that all images of a
+            batch have in common; 1 is the plain gradient.
     """
 
     choice_bias: Tensor
     widths: Tensor
     deviation = False
+    common_gradient = 1.0
 
     def __init__(self, choices: Sequence[int]) -> None:
         super().__init__()
@@ -107,8 +110,19 @@ class Gate(nn.Module):
         """
         logits, state = self._score(index, pooled, state)
         logits = logits + self.choice_bias
+        if self.common_gradient < 1 and logits.requires_grad:
+            logits.register_hook(self._without_common)
         choice, mask = straight_through(logits, temperature)
         return GateDecision(self.widths[choice], mask.float(), logits, state)
+
+    def _without_common(self, grad: Tensor) -> Tensor:
+        """A gradient (N, choices) with the mean over the batch reduced.
+
+        That mean only says which choice is better for every image. It is far larger than what
+        differs between images, drives the gate into saturation, and then all images get the same.
+        How much is spent altogether is the business of ``choice_bias``.
+        """
+        return grad - (1 - self.common_gradient) * replicas.batch_mean(grad)
 
     def _score(
         self, index: int, pooled: Tensor, state: State | None

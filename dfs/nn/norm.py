@@ -65,6 +65,8 @@ class PerWidthBatchNorm2d(nn.Module):
             if bits not in (0, *self.bit_options):
                 raise ValueError(f"bits must be 0 or one of {self.bit_options}, got {bits}")
             return x if bits == 0 else self._normalize(x, self._entry_of(bits))
+        if bits.is_cuda and not replicas.active():
+            return self._normalize_by_mask(x, bits)
         result = x
         for i in range(len(self.entries)):
             rows = self.rows_of(i, bits)
@@ -78,10 +80,49 @@ class PerWidthBatchNorm2d(nn.Module):
 
     def rows_of(self, entry: int, bits: Tensor) -> Tensor:
         """Indices of the samples that an entry normalizes."""
+        return self._holds(entry, bits).nonzero().squeeze(1)
+
+    def _holds(self, entry: int, bits: Tensor) -> Tensor:
+        """Whether an entry normalizes each sample, (N,)."""
         chosen = bits == self.entries[entry][0]
         for width in self.entries[entry][1:]:
             chosen |= bits == width
-        return chosen.nonzero().squeeze(1)
+        return chosen
+
+    def _normalize_by_mask(self, x: Tensor, bits: Tensor) -> Tensor:
+        """The same without looking at the values of ``bits``, which a GPU would be waited for.
+
+        Sums of every sample are added up over the samples of each entry.
+        """
+        member = torch.stack([self._holds(i, bits) for i in range(len(self.entries))])
+        shares = member.double()
+        mean, var = self.running_mean.double(), self.running_var.double()
+        if self.training:
+            count = shares.sum(1, keepdim=True)
+            elements = (count * (x.shape[2] * x.shape[3])).clamp_min(1)
+            # About the running mean, so that little is lost in the difference.
+            shift = (shares.T @ mean)[:, :, None, None].to(x)
+            centred = x - shift
+            sums = shares @ centred.sum((2, 3), dtype=torch.float64) / elements
+            squares = shares @ centred.square().sum((2, 3), dtype=torch.float64) / elements
+            own_mean, own_var = mean + sums, (squares - sums.square()).clamp_min(0)
+            enough = count >= self.min_samples
+            self._follow(own_mean, own_var * elements / (elements - 1).clamp_min(1), enough)
+            mean = torch.where(enough, own_mean, mean)
+            var = torch.where(enough, own_var, var)
+        gain = self.weight.double() * (var + self.eps).rsqrt()
+        offset = self.bias.double() - mean * gain
+        # A sample that is skipped stays as it is.
+        skipped = (1 - shares.sum(0))[:, None]
+        gain, offset = shares.T @ gain + skipped, shares.T @ offset
+        return x * gain[:, :, None, None].to(x) + offset[:, :, None, None].to(x)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, var: Tensor, enough: Tensor) -> None:
+        """Move the running statistics of the entries that have enough samples."""
+        for running, seen in ((self.running_mean, mean), (self.running_var, var)):
+            moved = running.lerp(seen.to(running), self.momentum)
+            running.copy_(torch.where(enough, moved, running))
 
     def _entry_of(self, bits: int) -> int:
         return next(i for i, widths in enumerate(self.entries) if bits in widths)

@@ -58,8 +58,14 @@ def randint(high: int, samples: int, *shape: int, **options: Any) -> Tensor:
 
 def total(values: Tensor) -> Tensor:
     """The sum of ``values`` over all processes; they are changed in place."""
-    if active():
-        dist.all_reduce(values)
+    if not active():
+        return values
+    if dist.get_backend() == "nccl" and not values.is_cuda:
+        # It only takes what is on a GPU.
+        moved = values.cuda()
+        dist.all_reduce(moved)
+        return values.copy_(moved)
+    dist.all_reduce(values)
     return values
 
 

@@ -9,7 +9,7 @@ from dfs.report.plots import (
     plot_tradeoff,
     require_plotting,
 )
-from dfs.report.run_report import REPORT_NAME, plot_run, write_run_report, write_sweep_report
+from dfs.report.run_report import REPORT_NAME, plot_run, write_run_report
 from dfs.report.summary import (
     TABLE_NAMES,
     SummaryRow,
@@ -19,10 +19,12 @@ from dfs.report.summary import (
     summarise,
     write_tables,
 )
+from dfs.report.sweep_report import PLOTS, plot_sweep, write_sweep_report
 from dfs.report.tables import ResultRow, results_table
 
 __all__ = [
     "COST_LABELS",
+    "PLOTS",
     "REPORT_NAME",
     "TABLE_NAMES",
     "ResultRow",
@@ -34,6 +36,7 @@ __all__ = [
     "plot_engine_times",
     "plot_run",
     "plot_sheet",
+    "plot_sweep",
     "plot_tradeoff",
     "read_tables",
     "require_plotting",

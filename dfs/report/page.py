@@ -16,7 +16,7 @@ p.note { color: #555; margin-top: .2rem; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 th { border-bottom: 2px solid #bbb; }
 img { max-width: 100%; height: auto; }
 details { margin: .6rem 0; }

@@ -17,9 +17,14 @@ from dfs.report.summary import SummaryRow
 # Pale for a skip, darker with every bit spent; readable in grey and by colour-blind readers.
 _COLOURS = {0: "#e8e8e8", 2: "#a6cee3", 4: "#5aa5cf", 8: "#2171b5", 32: "#08306b"}
 _PALEST, _DARKEST = 0.25, 1.0
-# Of methods: Okabe and Ito's palette, which colour-blind readers can tell apart.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-_MARKERS = "osD^vP*X"
+# Of methods: Okabe and Ito's palette, which colour-blind readers can tell apart, and four of Tol's.
+PALETTE = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"),
+    *("#882255", "#44aa99", "#332288", "#999933"),
+)
+_MARKERS = "osD^vP*Xph<>"
+# Points of accuracy: beyond the first, the best networks get a panel of their own, of the second.
+_CROWDED, _BEST = 4.0, 2.0
 COST_LABELS = {
     "paper_cost": "paper cost, % of full precision",
     "bitops": "BitOPs, % of full precision",
@@ -73,7 +78,8 @@ def plot_decisions(
     """How often each block took each width, one panel per network, as a PNG.
 
     Args:
-        decisions: (title, bits (N, gated blocks)) per network.
+        decisions: (title, shares (gated blocks, choices)) per network, see
+            :func:`dfs.train.evaluate.decision_shares`.
         choices: ascending widths.
 
     Raises:
@@ -83,12 +89,12 @@ def plot_decisions(
     figure, panels = pyplot.subplots(
         len(decisions), 1, figsize=(7, 0.6 + 2.2 * len(decisions)), squeeze=False, sharex=True
     )
-    for (title, bits), axis in zip(decisions, panels[:, 0], strict=True):
-        _stack(axis, bits, choices)
+    for (title, shares), axis in zip(decisions, panels[:, 0], strict=True):
+        _stack(axis, shares, choices)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("share of images")
         axis.set_ylim(0, 1)
-    blocks = decisions[0][1].shape[1]
+    blocks = len(decisions[0][1])
     every = max(1, blocks // 20)
     panels[-1, 0].set_xticks(range(0, blocks, every), [str(i + 2) for i in range(0, blocks, every)])
     panels[-1, 0].set_xlabel("residual block (the first is not gated)")
@@ -98,12 +104,11 @@ def plot_decisions(
     save_figure(figure, path)
 
 
-def _stack(axis: Any, bits: Tensor, choices: Sequence[int]) -> None:
-    blocks = bits.shape[1]
+def _stack(axis: Any, shares: Tensor, choices: Sequence[int]) -> None:
+    blocks = len(shares)
     colours = width_colours(choices)
     bottom = [0.0] * blocks
-    for width in choices:
-        share = (bits == width).double().mean(0).tolist()
+    for width, share in zip(choices, shares.T.tolist(), strict=True):
         axis.bar(range(blocks), share, bottom=bottom, color=colours[width], label=_name(width))
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
 
@@ -136,33 +141,55 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     if not known:
         return False
     pyplot = pyplot_for_files()
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
     points = [(100 * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
     front = [points[i] for i in pareto_front(points)]
+    best, worst = max(y for _, y in points), min(y for _, y in points)
+    crowded = best - worst > _CROWDED
+    figure, panels = pyplot.subplots(
+        1, 1 + crowded, figsize=(12 if crowded else 7.5, 4.5), squeeze=False
+    )
+    for axis in panels[0]:
+        _draw_series(axis, known, points, front)
+        # Costs differ by orders of magnitude.
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel(COST_LABELS[cost])
+        axis.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("test accuracy, %")
+    if crowded:
+        near = [x for x, y in points if y > best - _BEST]
+        panels[0, 1].set_ylim(best - _BEST, best + _BEST / 8)
+        panels[0, 1].set_xlim(0.8 * min(near), 1.25 * max(near))
+        panels[0, 1].set_title("the best of them", loc="left", fontsize=10)
+    panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+    return True
+
+
+def _draw_series(
+    axis: Any,
+    known: Sequence[SummaryRow],
+    points: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, float]],
+) -> None:
+    """The points of every method, joined where it has several, and the front."""
     axis.plot(
         *zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="Pareto front"
     )
     for i, label in enumerate(dict.fromkeys(r.label for r in known)):
-        own = [k for k, r in enumerate(known) if r.label == label]
+        own = sorted((k for k, r in enumerate(known) if r.label == label), key=points.__getitem__)
         axis.errorbar(
             [points[k][0] for k in own],
             [points[k][1] for k in own],
             yerr=[100 * (known[k].spread or 0.0) for k in own],
-            fmt=_MARKERS[i % len(_MARKERS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            linewidth=0.8,
             color=PALETTE[i % len(PALETTE)],
             capsize=2,
             label=label,
             zorder=2,
         )
-    # Costs differ by orders of magnitude.
-    axis.set_xscale("log")
-    axis.set_xlabel(COST_LABELS[cost])
-    axis.set_ylabel("test accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.tight_layout()
-    save_figure(figure, path)
-    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,24 +16,22 @@ from dfs.data import DataSplits, Images
 from dfs.latency import LatencyTable
 from dfs.report.page import Page
 from dfs.report.plots import (
-    COST_LABELS,
     SheetImage,
     plot_curves,
     plot_decisions,
     plot_sheet,
     plot_spending,
-    plot_tradeoff,
 )
-from dfs.report.summary import read_tables, table_cells
 from dfs.train.checkpoint import write_beside
 from dfs.train.config import TrainConfig
-from dfs.train.evaluate import Evaluation, decisions, evaluate
+from dfs.train.evaluate import Evaluation, decision_shares, decisions, evaluate
 from dfs.train.oracle import permuted_accuracies
 from dfs.train.record import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME
 from dfs.train.stages import ORACLE
 from dfs.train.trainer import Trainer
 
 REPORT_NAME = "report.html"
+SHEET_NAME = "sheet.png"
 _SHEET_IMAGES = 10
 _BATCH = 256
 
@@ -67,28 +65,6 @@ def write_run_report(
     write_beside(path, page.html())
 
 
-def write_sweep_report(folder: Path, path: Path) -> None:
-    """The page of a sweep: its table, and accuracy over every cost.
-
-    Raises:
-        ValueError: ``folder`` holds no table of a sweep.
-        ImportError: matplotlib is not installed.
-    """
-    rows = read_tables(folder)
-    page = Page(f"Sweep {folder.resolve().name}", "On test images.")
-    page.heading("Results")
-    headings, *cells = table_cells(rows)
-    page.table(headings, cells)
-    page.note("Costs are fractions of the float network; ± is the standard deviation over seeds.")
-    with tempfile.TemporaryDirectory() as scratch:
-        for cost, label in COST_LABELS.items():
-            picture = Path(scratch) / f"{cost}.png"
-            if plot_tradeoff(picture, rows, cost):
-                page.heading(f"Accuracy over {label.split(',')[0]}")
-                page.picture(picture, f"accuracy over {label}")
-    write_beside(path, page.html())
-
-
 def plot_run(trainer: Trainer, folder: Path) -> list[Path]:
     """The pictures of a finished run's page as PNGs: decisions, and its extreme images.
 
@@ -105,8 +81,8 @@ def plot_run(trainer: Trainer, folder: Path) -> list[Path]:
     data, choices = trainer.data, trainer.model.choices
     bits = decisions(trainer.model, data.test)
     costs, _, predicted = _per_image(trainer, bits)
-    paths = [folder / "decisions.png", folder / "sheet.png"]
-    plot_decisions(paths[0], [(_title(trainer.config), bits)], choices)
+    paths = [folder / "decisions.png", folder / SHEET_NAME]
+    plot_decisions(paths[0], [(_title(trainer.config), decision_shares(bits, choices))], choices)
     plot_sheet(paths[1], spending_sheet(data, data.test, bits, costs, predicted), choices)
     return paths
 
@@ -141,7 +117,7 @@ def _add_decisions(page: Page, trainer: Trainer, measured: Evaluation, scratch: 
     assert bits is not None
     choices = trainer.model.choices
     page.heading("Decisions")
-    plot_decisions(scratch / "decisions.png", [("", bits)], choices)
+    plot_decisions(scratch / "decisions.png", [("", measured.shares(choices))], choices)
     page.picture(scratch / "decisions.png", "how often each block takes each width")
     page.note("How often each residual block takes each width, over the test images.")
     if config.static_widths:
@@ -242,8 +218,9 @@ def _per_image(trainer: Trainer, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     model, test = trainer.model.eval(), trainer.data.test
     widths = torch.tensor(model.choices)
     costs = trainer.cost((bits[:, :, None] == widths).double())
-    predicted = torch.cat([model(batch.images).argmax(1) for batch in test.batches(_BATCH)])
-    return costs, predicted == test.labels, predicted
+    found = [model(batch.images).argmax(1) for batch in test.batches(_BATCH)]
+    predicted = torch.cat(found).cpu()
+    return costs, predicted == test.labels.cpu(), predicted
 
 
 def spending_sheet(

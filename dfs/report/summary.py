@@ -26,6 +26,8 @@ class SummaryRow:
         seeds: how many runs came to a result.
         accuracy, paper_cost, bitops, latency, milliseconds_per_image: means over the seeds;
             accuracy and costs are fractions. None where there is no run, or no latency table.
+        distinct_decisions: how many decision vectors the images got, a mean too; 1 is the same
+            decision for every image.
         spread: sample standard deviation of the accuracy; None for one seed.
         note: what went wrong, if anything.
     """
@@ -40,6 +42,7 @@ class SummaryRow:
     bitops: float | None
     latency: float | None
     milliseconds_per_image: float | None
+    distinct_decisions: float | None = None
     note: str = ""
 
     @property
@@ -75,6 +78,7 @@ def _row(label: str, target: float | None, group: list[dict[str, Any]]) -> Summa
         _mean([r["bitops"] for r in good]),
         _mean([r["latency"] for r in good]),
         _mean([r["milliseconds_per_image"] for r in good]),
+        _mean([r.get("distinct_decisions") for r in good]),
         "; ".join(notes),
     )
 
@@ -107,7 +111,9 @@ def _cells(row: SummaryRow, with_latency: bool) -> list[str]:
     if with_latency:
         cells.append(_percent(row.latency))
     took = row.milliseconds_per_image
-    return [*cells, "-" if took is None else f"{took:.3f}", row.note]
+    distinct = row.distinct_decisions
+    cells.append("-" if took is None else f"{took:.3f}")
+    return [*cells, "-" if distinct is None else f"{distinct:.4g}", row.note]
 
 
 def _percent(value: float | None) -> str:
@@ -116,7 +122,7 @@ def _percent(value: float | None) -> str:
 
 def _headings(with_latency: bool) -> list[str]:
     latency = ["latency %"] if with_latency else []
-    return [*_HEADINGS, *latency, "ms per image", "note"]
+    return [*_HEADINGS, *latency, "ms per image", "decisions", "note"]
 
 
 def _has_latency(rows: Sequence[SummaryRow]) -> bool:
@@ -153,16 +159,28 @@ def write_tables(folder: Path, rows: Sequence[SummaryRow], about: dict[str, Any]
 
 
 def read_tables(folder: Path) -> list[SummaryRow]:
-    """The rows that :func:`write_tables` wrote.
+    """The rows that :func:`write_tables` wrote; ValueError if there is no readable table."""
+    return rows_of(read_about(folder))
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """All of the JSON that :func:`write_tables` wrote.
 
     Raises:
         ValueError: there is no readable table.
     """
     path = folder / TABLE_NAMES[-1]
     try:
-        return [SummaryRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rows_of(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no table of a sweep ({error})") from error
+    return content
+
+
+def rows_of(about: dict[str, Any]) -> list[SummaryRow]:
+    """The rows in it."""
+    return [SummaryRow(**row) for row in about["rows"]]
 
 
 def table_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:

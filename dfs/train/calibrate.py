@@ -78,7 +78,8 @@ def calibrate_steps(model: DynamicResNet, images: Tensor, batch_size: int, seed:
     def sample(key: nn.Module, values: Tensor) -> None:
         flat = values.detach().flatten()
         picked = torch.randint(flat.numel(), (_SAMPLED_VALUES // 4,), generator=generator)
-        seen.setdefault(key, []).append(flat[picked])
+        # Drawn and worked on at the host, so that every device finds the same steps.
+        seen.setdefault(key, []).append(flat[picked.to(flat.device)].cpu())
 
     def watch_conv(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, DFSConv2d)
@@ -214,7 +215,7 @@ def reestimate_batchnorm(
             module.eval()
     kept: list[KeptStatistics] = []
     ungated = model.ungated_bits
-    uniform = [torch.full((len(b),), ungated, dtype=torch.int32) for b in batches]
+    uniform = [torch.full((len(b),), ungated, dtype=torch.int32, device=b.device) for b in batches]
     stems = [model.stem(b, ungated) for b in batches]
     _set_statistics(model.bn_stem, stems, uniform, 0, keep_from)
     target = model.streams[0]
@@ -324,9 +325,9 @@ class CostTilt:
         """The biases, float64 (choices,)."""
         return -tilt * (self._down if tilt > 0 else self._up)
 
-    def of(self, bias: Tensor) -> float:
+    def of(self, biases: Sequence[float]) -> float:
         """The tilt that gave these biases."""
-        return -float(bias[self._unit])
+        return -biases[self._unit]
 
 
 @torch.no_grad()

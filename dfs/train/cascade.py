@@ -76,7 +76,7 @@ def evaluate_cascade(
     took = milliseconds_per_image(cascade.run, images, batch_size)
     found = costs_of(model, images.image_size, latency_table)
     costs = {cost.name: float(cascade.cost(again, cost).mean()) for cost in found}
-    bits = torch.where(again, cascade.high, cascade.low).to(torch.int32)
+    bits = torch.where(again.cpu(), cascade.high, cascade.low).to(torch.int32)
     answered = bits[:, None].expand(-1, model.gated_blocks)
     return Evaluation.of(correct / len(images), costs, took, batch_size, answered)
 

@@ -14,6 +14,7 @@ _LOWEST = {
     "batch_size": 2,
     "seed": 0,
     "image_size": 0,
+    "train_images": 0,
     "float_epochs": 1,
     "switch_epochs": 1,
     "gate_epochs": 1,
@@ -42,7 +43,9 @@ _POSITIVE = (
     "gumbel_end",
     "cost_tolerance",
 )
-_SHARES = ("explore", "settle_fraction")
+_SHARES = ("explore", "settle_fraction", "common_gradient")
+# Of which the gates get at least two.
+_FEWEST_IMAGES = 20
 # What a setting may be, where it is one of a few names.
 _NAMES = {
     "stream": ("uint8", "float32"),
@@ -63,6 +66,8 @@ class TrainConfig:
         dataset: name of the data set.
         data: folder of its files; empty for a set that needs none.
         image_size: side of the network's input for class folders; 0 is their default.
+        train_images: train on so many only, to try something out: a tenth of them is for the gates.
+            0 takes all.
         allow_unverified: data sets or files that may differ from their published checksums.
         model: name such as "resnet20".
         choices: ascending widths the gate picks from.
@@ -86,6 +91,8 @@ class TrainConfig:
         beta: of the paper's loss: cross-entropy + sign * beta * summed cost.
         exit_points: how many points of validation accuracy each width may lose to full precision
             before the gates are trained.
+        common_gradient: share kept of the gradient that a batch's images have in common, for gates
+            that look at the input (:attr:`dfs.nn.gate.Gate.common_gradient`).
         steering: how fast the gate's logits are tilted towards the target in joint training.
         gate_every: joint steps on the weights for one step on the gates.
         batchnorm_images: training images from which BatchNorm statistics are estimated.
@@ -96,6 +103,7 @@ class TrainConfig:
     dataset: str = "digits"
     data: str = ""
     image_size: int = 0
+    train_images: int = 0
     allow_unverified: tuple[str, ...] = ()
     model: str = "resnet14"
     choices: tuple[int, ...] = (0, 2, 4, 8)
@@ -137,6 +145,7 @@ class TrainConfig:
     joint_gate_lr: float = 1e-3
     explore: float = 0.3
     diversity: float = 0.1
+    common_gradient: float = 0.1
     gate_every: int = 2
     beta: float = 1e-5
     lambda_start: float = 0.1
@@ -174,6 +183,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.seed >= 1 << 31:
             raise ValueError(f"seed must be below 2^31, got {self.seed}")
+        if 0 < self.train_images < _FEWEST_IMAGES:
+            raise ValueError(
+                f"train_images must be 0, for all, or at least {_FEWEST_IMAGES}, "
+                f"got {self.train_images}"
+            )
         if not any(self.choices):
             raise ValueError(f"choices must hold a width besides 0, got {self.choices}")
         self._check_milestones()

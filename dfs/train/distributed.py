@@ -15,7 +15,7 @@ Only the first process writes files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -27,13 +27,43 @@ from dfs.models import DynamicResNet
 from dfs.nn import LSQ, DFSConv2d, StreamQuantizer, replicas
 
 
+def choose_device(name: str) -> torch.device:
+    """The device that a name means: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
+
+    Under torchrun "cuda" is the GPU of this process's local rank.
+
+    Raises:
+        ValueError: an unknown name, or there is no such GPU.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and not (kind == "cuda" and number.isdigit())
+    ):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count()
+    if kind == "cpu" or (kind == "auto" and not count):
+        return torch.device("cpu")
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise ValueError(f"device: there is no cuda:{index}, PyTorch sees {count} GPUs")
+    return torch.device("cuda", index)
+
+
 @contextmanager
-def joined() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; they talk through gloo."""
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did.
+
+    Args:
+        device: of this process; on GPUs they talk through nccl, else through gloo.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -72,13 +102,18 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
         parameter.grad = mean.view_as(parameter).clone()
 
 
-def mean_values(values: dict[str, float]) -> dict[str, float]:
-    """What was measured on the slices, averaged."""
+def mean_values(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """What was measured on the slices, averaged; a GPU is waited for once."""
+    waiting = {name: v.double() for name, v in values.items() if isinstance(v, Tensor)}
+    arrived = torch.stack(list(waiting.values())).tolist() if waiting else []
+    plain = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+    found = plain | dict(zip(waiting, arrived, strict=True))
+    ordered = {name: float(found[name]) for name in values}
     if replicas.count() == 1 or not values:
-        return values
+        return ordered
     with replicas.sharded():
-        total = replicas.total(torch.tensor(list(values.values()), dtype=torch.float64))
-    return dict(zip(values, (total / replicas.count()).tolist(), strict=True))
+        total = replicas.total(torch.tensor(list(ordered.values()), dtype=torch.float64))
+    return dict(zip(ordered, (total / replicas.count()).tolist(), strict=True))
 
 
 def any_process(flag: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,25 @@ class Evaluation:
     def widths_used(self) -> tuple[int, ...]:
         return () if self.bits is None else tuple(sorted(set(self.bits.flatten().tolist())))
 
+    def shares(self, choices: Sequence[int]) -> Tensor:
+        """How often each block took each of the choices, float64 (gated blocks, choices)."""
+        assert self.bits is not None
+        return decision_shares(self.bits, choices)
+
     @property
     def distinct_decisions(self) -> int:
         """How many different decision vectors the images got."""
         return 1 if self.bits is None else len(torch.unique(self.bits, dim=0))
+
+
+def decision_shares(bits: Tensor, choices: Sequence[int]) -> Tensor:
+    """How often each block took each width, float64 (gated blocks, choices).
+
+    Args:
+        bits: (N, gated blocks).
+    """
+    widths = torch.tensor(choices, device=bits.device)
+    return (bits[:, :, None] == widths).double().mean(0)
 
 
 @torch.no_grad()
@@ -99,7 +114,7 @@ def evaluate(
         costs = {cost.name: float(cost(mask).mean()) for cost in found}
     if latency_table is None:
         costs.pop("latency", None)
-    decided = torch.cat(bits) if bits else None
+    decided = torch.cat(bits).cpu() if bits else None
     return Evaluation.of(correct / len(images), costs, took, batch_size, decided)
 
 
@@ -123,6 +138,8 @@ def milliseconds_per_image(
         start = time.perf_counter()
         for batch in timed:
             run(batch.images)
+        if timed[0].images.is_cuda:
+            torch.cuda.synchronize(timed[0].images.device)
         passes.append((time.perf_counter() - start) / count * 1e3)
     return statistics.median(passes)
 
@@ -145,9 +162,9 @@ def accuracy(
 
 @torch.no_grad()
 def decisions(model: DynamicResNet, images: Images, batch_size: int = 256) -> Tensor:
-    """The width of every gated block for every image, int32 (N, gated blocks)."""
+    """The width of every gated block for every image, int32 (N, gated blocks), on the CPU."""
     model.eval()
-    return torch.cat([model.run(batch.images).bits for batch in images.batches(batch_size)])
+    return torch.cat([model.run(batch.images).bits for batch in images.batches(batch_size)]).cpu()
 
 
 @torch.no_grad()

@@ -35,7 +35,9 @@ def uniform_oracle(
     for batch in images.batches(_BATCH):
         taught = teacher(batch.images).argmax(1)
         found.append(
-            torch.stack([model(batch.images, c).argmax(1) == taught for c in model.choices], 1)
+            torch.stack(
+                [model(batch.images, c).argmax(1) == taught for c in model.choices], 1
+            ).cpu()
         )
     agrees = torch.cat(found)
     costs = cost.of_choices()
@@ -86,7 +88,7 @@ def permuted_accuracies(
         given = bits[torch.randperm(len(bits), generator=generator)]
         correct, start = 0, 0
         for batch in images.batches(_BATCH):
-            policy = given[start : start + len(batch)]
+            policy = given[start : start + len(batch)].to(batch.images.device)
             correct += int((model(batch.images, policy).argmax(1) == batch.labels).sum())
             start += len(batch)
         results.append(correct / len(images))

@@ -29,6 +29,7 @@ from dfs.train.evaluate import mean_cost
 from dfs.train.oracle import uniform_oracle
 from dfs.train.stages import (
     ORACLE,
+    Measured,
     Stage,
     decay,
     results_at_target,
@@ -63,30 +64,31 @@ class RuleStage(Stage):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def rule_step(self, step: int, target: float) -> dict[str, float]:
+    def rule_step(self, step: int, target: float) -> Measured:
         """One step of the loss; above ``target`` it pushes the cost down, else up."""
         config, model = self.config, self.model.train()
-        measured = torch.zeros(2, dtype=torch.float64)
+        batch = self.batch(step)
+        measured = torch.zeros(2, dtype=torch.float64, device=batch.images.device)
 
         def loss_of(part: ImageSet) -> Tensor:
             out = model.run(part.images, gate_gradient=True)
             spent = self.cost(out.mask)
-            mean = float(replicas.total(spent.detach().sum())) / (len(part) * _processes())
-            sign = 1 if mean > target else -1
+            mean = replicas.total(spent.detach().sum()) / (len(part) * _processes())
+            sign = torch.where(mean > target, 1, -1)
             cross_entropy = F.cross_entropy(out.logits, part.labels)
-            measured.add_(torch.tensor([cross_entropy.item(), mean]) * (len(part) / len(batch)))
+            found = torch.stack([cross_entropy.detach(), mean])
+            measured.add_(found * (len(part) / len(batch)))
             # The sum over the batch; accumulation weighs the parts by their share of it.
             summed = spent.mean() * len(batch) * _processes() * model.gated_blocks
             return cross_entropy + sign * config.beta * summed
 
-        batch = self.batch(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay(config, step, self.steps())
         self.optimizer.zero_grad()
         self.accumulate(batch, loss_of)
         average_gradients(self.optimizer)
         self.optimizer.step()
-        return dict(zip(("loss", "cost"), measured.tolist(), strict=True))
+        return dict(zip(("loss", "cost"), measured, strict=True))
 
 
 def _processes() -> int:
@@ -114,7 +116,7 @@ class FullExecutionStage(RuleStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.gate_epochs * steps_per_epoch(data.train, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         others = [p for n, p in self.model.named_parameters() if not n.startswith("gate.")]
         set_trainable(others, False)
         measured = self.rule_step(step, 1.0)
@@ -144,7 +146,7 @@ class PaperJointStage(RuleStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.joint_epochs * steps_per_epoch(data.train, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         return self.rule_step(step, self.config.target)
 
     def finish(self) -> dict[str, float]:

@@ -19,14 +19,14 @@ class StagePlan:
     """One stage of a plan.
 
     Attributes:
-        minutes: of all its steps; None before any step was measured.
+        seconds: of all its steps; None before any step was measured.
         measured: whether from its own steps, not guessed from those of others.
     """
 
     name: str
     steps: int
     epochs: float
-    minutes: float | None
+    seconds: float | None
     measured: bool
 
 
@@ -80,10 +80,10 @@ class TimePlan:
         """What each stage takes, the past ones included."""
         plans = []
         for i, (stage, length) in enumerate(zip(self._stages, self._lengths, strict=True)):
-            seconds = self._step_seconds(i)
-            minutes = None if seconds is None else length * seconds / 60
+            each = self._step_seconds(i)
+            seconds = None if each is None else length * each
             measured = self._counted[i] >= _FEWEST
-            plans.append(StagePlan(stage.name, length, length / self._per_epoch, minutes, measured))
+            plans.append(StagePlan(stage.name, length, length / self._per_epoch, seconds, measured))
         return plans
 
     def _step_seconds(self, index: int) -> float | None:

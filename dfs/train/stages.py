@@ -54,14 +54,21 @@ _GATE_SEED_SHIFT = 17
 
 
 ORACLE = "oracle"
+Measured = dict[str, float | Tensor]
 
 # What every stage depends on.
-_COMMON = ("dataset", "image_size", "model", "seed", "batch_size", "micro_batches")
+_COMMON = (
+    *("dataset", "image_size", "train_images"),
+    *("model", "seed", "batch_size", "micro_batches"),
+)
 _SCHEDULE = ("schedule", "milestones", "schedule_gamma", "weight_decay")
 _TAUGHT = (*_SCHEDULE, "teacher", "distill_temperature")
 _BATCHNORM = ("batchnorm_images",)
 _DYNAMIC = ("choices", "stream", "semantics")
-_GATED = ("gate", "target", "cost", "latency_table", "diversity", "lambda_start", "lambda_rate")
+_GATED = (
+    *("gate", "target", "cost", "latency_table", "diversity", "common_gradient"),
+    *("lambda_start", "lambda_rate"),
+)
 
 
 class StageError(RuntimeError):
@@ -102,8 +109,11 @@ class Stage:
     def steps(self) -> int:
         return self.length(self.config, self.data)
 
-    def take(self, step: int) -> dict[str, float]:
-        """Do step ``step``; returns what was measured."""
+    def take(self, step: int) -> Measured:
+        """Do step ``step``; returns what was measured.
+
+        Values that are still being computed stay 0-dimensional tensors: a GPU is not waited for.
+        """
         raise NotImplementedError
 
     def finish(self) -> dict[str, float]:
@@ -128,20 +138,20 @@ class Stage:
         size = self.config.batch_size
         return own_part(training_batch(self.data, self.data.gate, size, seed, step))
 
-    def accumulate(self, batch: ImageSet, loss_of: Callable[[ImageSet], Tensor]) -> float:
+    def accumulate(self, batch: ImageSet, loss_of: Callable[[ImageSet], Tensor]) -> Tensor:
         """Add the gradients of the mean loss over a batch's micro-batches; returns that loss."""
         return accumulate(batch, self.config.micro_batches, loss_of)
 
 
-def accumulate(batch: ImageSet, parts: int, loss_of: Callable[[ImageSet], Tensor]) -> float:
+def accumulate(batch: ImageSet, parts: int, loss_of: Callable[[ImageSet], Tensor]) -> Tensor:
     """Back-propagate a loss part by part; the mean over the batch is what it amounts to."""
-    total = 0.0
-    for index in torch.arange(len(batch)).chunk(parts):
+    total = batch.images.new_zeros(())
+    for index in torch.arange(len(batch), device=batch.images.device).chunk(parts):
         share = len(index) / len(batch)
         part = batch if parts == 1 else batch.take(index)
         loss = loss_of(part) * share
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
     return total
 
 
@@ -262,7 +272,7 @@ class WeightStage(Stage):
         distilled = distillation(logits, taught, self.config.distill_temperature)
         return 0.5 * F.cross_entropy(logits, labels) + 0.5 * distilled
 
-    def routed_step(self, step: int, lr: float, explore: float, policy: Policy = None) -> float:
+    def routed_step(self, step: int, lr: float, explore: float, policy: Policy = None) -> Tensor:
         """One step on everything but the gates, at the gates' own decisions or at a policy."""
         model = self.model.train()
         set_trainable(model.gate.parameters(), False)
@@ -275,7 +285,7 @@ class WeightStage(Stage):
         set_trainable(model.gate.parameters(), True)
         return loss
 
-    def descend(self, batch: ImageSet, lr: float, *losses: Callable[[ImageSet], Tensor]) -> float:
+    def descend(self, batch: ImageSet, lr: float, *losses: Callable[[ImageSet], Tensor]) -> Tensor:
         """One step of the optimizer on the sum of losses; returns the first."""
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
@@ -293,6 +303,8 @@ class GateLearner:
         self.model = trainer.model
         self.cost = trainer.cost
         self.micro_batches = config.micro_batches
+        if not isinstance(self.model.gate, ConstantGate):
+            self.model.gate.common_gradient = config.common_gradient
         self.tilts = CostTilt(self.cost, config.target)
         self.optimizer = torch.optim.Adam(self.model.gate.parameters(), lr)
         self.controller = CostController(config.target, config.lambda_start, config.lambda_rate)
@@ -304,7 +316,7 @@ class GateLearner:
         progress: float,
         diversity_weight: float,
         steering: float = 0.0,
-    ) -> dict[str, float]:
+    ) -> Measured:
         """One step on the gates alone; the loss sees what every choice would have given.
 
         Args:
@@ -317,7 +329,7 @@ class GateLearner:
         freeze_batchnorm(model)
         others = [p for n, p in model.named_parameters() if not n.startswith("gate.")]
         set_trainable(others, False)
-        measured = torch.zeros(3, dtype=torch.float64)
+        measured = torch.zeros(3, dtype=torch.float64, device=batch.images.device)
 
         def loss_of(part: ImageSet) -> Tensor:
             out = model.run(part.images, temperature=temperature, gate_gradient=True)
@@ -326,7 +338,7 @@ class GateLearner:
             loss = F.cross_entropy(out.logits, part.labels)
             share = len(part) / len(batch)
             deviation = out.gate_logits.detach().std(-1).mean()
-            measured.add_(torch.tensor([loss.item(), spent.item(), deviation.item()]) * share)
+            measured.add_(torch.stack([loss.detach(), spent.detach(), deviation]) * share)
             total = loss + controller.weight * spent / controller.target_at(progress)
             return total - diversity_weight * diversity(out.gate_logits)
 
@@ -335,10 +347,12 @@ class GateLearner:
         average_gradients(self.optimizer)
         self.optimizer.step()
         set_trainable(others, True)
-        loss, spent, deviation = (replicas.total(measured) / replicas.count()).tolist()
-        off = max(-1.0, min(1.0, spent / controller.target_at(progress) - 1))
         bias = model.gate.choice_bias
-        bias.copy_(self.tilts.bias(self.tilts.of(bias) + steering * deviation * off))
+        means = replicas.total(measured) / replicas.count()
+        # The controller's decision is the host's: the one time that a step waits for a GPU.
+        loss, spent, deviation, *biases = torch.cat([means, bias]).tolist()
+        off = max(-1.0, min(1.0, spent / controller.target_at(progress) - 1))
+        bias.copy_(self.tilts.bias(self.tilts.of(biases) + steering * deviation * off))
         controller.update(spent, progress)
         return {"gate_loss": loss, "cost": spent, "lambda": controller.weight}
 
@@ -366,11 +380,11 @@ class FloatStage(WeightStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.float_epochs * steps_per_epoch(data.train, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config, plain = self.config, self.trainer.plain.train()
 
         def loss_of(part: ImageSet) -> Tensor:
-            with float_precision(config):
+            with float_precision(config, part.images.device):
                 logits = plain(part.images)
             return F.cross_entropy(logits.float(), part.labels)
 
@@ -381,9 +395,10 @@ class FloatStage(WeightStage):
         return {"val_accuracy": accuracy(self.trainer.plain, self.data.val)}
 
 
-def float_precision(config: TrainConfig) -> torch.autocast:
+def float_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
     """What the float network is computed in; its weights and their gradients stay float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.float_precision == "bfloat16")
+    enabled = config.float_precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 class CalibrateStage(Stage):
@@ -398,7 +413,7 @@ class CalibrateStage(Stage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return 1
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config, model = self.config, self.model
         model.load_plain(self.trainer.plain)
         images = self.data.train.first(config.calibration_images)
@@ -430,7 +445,7 @@ class SwitchStage(WeightStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.switch_epochs * steps_per_epoch(data.train, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config, model = self.config, self.model.train()
         integer = [c for c in model.choices if c not in (0, 32)] or [32]
         warm = step < self.steps() / 5
@@ -445,8 +460,10 @@ class SwitchStage(WeightStage):
             return self.distilled(part, narrow)
 
         def drawn_loss(part: ImageSet) -> Tensor:
-            drawn = replicas.randint(len(allowed), len(part), model.gated_blocks)
-            return self.distilled(part, torch.tensor(allowed, dtype=torch.int32)[drawn])
+            device = part.images.device
+            drawn = replicas.randint(len(allowed), len(part), model.gated_blocks, device=device)
+            widths = torch.tensor(allowed, dtype=torch.int32).to(device, non_blocking=True)
+            return self.distilled(part, widths[drawn])
 
         lr = config.switch_lr * decay(config, step, self.steps())
         return {"loss": self.descend(self.batch(step), lr, wide_loss, narrow_loss, drawn_loss)}
@@ -495,7 +512,7 @@ class GateStage(Stage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.gate_epochs * steps_per_epoch(data.gate, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config = self.config
         done = step / max(self.steps() - 1, 1)
         temperature = config.gumbel_start * (config.gumbel_end / config.gumbel_start) ** done
@@ -531,11 +548,11 @@ class JointStage(WeightStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return config.joint_epochs * steps_per_epoch(data.train, config)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config = self.config
         progress = step / max(self.steps() - 1, 1)
         left = 1 - progress
-        measured = {}
+        measured: Measured = {}
         if step % config.gate_every == 0:
             batch = self.gate_batch(step // config.gate_every)
             measured = self.learner.step(
@@ -571,7 +588,7 @@ class SettleStage(WeightStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return max(1, round(JointStage.length(config, data) * config.settle_fraction))
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config = self.config
         lr = config.joint_lr * config.settle_fraction * decay(config, step, self.steps())
         return {"loss": self.routed_step(step, lr, 0.0)}

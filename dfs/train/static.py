@@ -17,6 +17,7 @@ from dfs.train.evaluate import accuracy
 from dfs.train.stages import (
     GateStage,
     JointStage,
+    Measured,
     SettleStage,
     SwitchStage,
     WeightStage,
@@ -57,7 +58,7 @@ class StaticStage(WeightStage):
         size = min(config.batch_size, len(data.train))
         return max(1, round(dynamic_passes(config, data) / size))
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         config = self.config
         lr = config.joint_lr * decay(config, step, self.steps())
         width = config.static_widths[step % len(config.static_widths)]
@@ -92,7 +93,7 @@ class StaticFloatStage(WeightStage):
     def length(cls, config: TrainConfig, data: DataSplits) -> int:
         return _SWITCH_PASSES * SwitchStage.length(config, data) + StaticStage.length(config, data)
 
-    def take(self, step: int) -> dict[str, float]:
+    def take(self, step: int) -> Measured:
         plain = self.trainer.plain.train()
 
         def loss_of(part: ImageSet) -> Tensor:

@@ -15,10 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dfs.cost import FULL_BITS, make_cost
 from dfs.data import DataSplits
@@ -47,6 +50,8 @@ METHODS = {
     "cascade": "the narrowest width, and 8 bits where that is not sure, at every target",
 }
 _CASCADE_HIGH = 8
+# Steps of a stage before its times are believed.
+_FEWEST_STEPS = 3
 # Of the ImageNet networks.
 _HALF_DEPTH = {34: 18, 50: 18, 101: 50}
 
@@ -66,6 +71,12 @@ class Entry:
     config: TrainConfig
 
     @property
+    def title(self) -> str:
+        """The label with the target and the seed."""
+        target = "" if self.target is None else f", {self.target:.2%}"
+        return f"{self.label}{target}, seed {self.config.seed}"
+
+    @property
     def key(self) -> str:
         """A short hash of what decides the result."""
         text = json.dumps([self.method, self.target, self.config.to_dict()], sort_keys=True)
@@ -78,13 +89,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class RunAhead:
+    """Stages of one run that are still to be trained.
+
+    Attributes:
+        first, last: of the stages; ``last`` is the one behind.
+    """
+
+    label: str
+    config: TrainConfig
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep still has to train: (label, steps, seconds) of every run."""
+
+    rows: tuple[tuple[str, int, float], ...]
+
+
+@dataclass(frozen=True)
 class SweepProgress:
     """Where a sweep is.
 
     Attributes:
         label: what is being trained.
         done, entries: results there are, and are to be.
-        seconds_left: None before any step.
+        seconds_left: None before any step was measured.
+        plan: once, as soon as there is one.
     """
 
     label: str
@@ -95,6 +128,7 @@ class SweepProgress:
     done: int
     entries: int
     seconds_left: float | None
+    plan: SweepPlan | None = None
 
 
 class Sweep:
@@ -106,6 +140,7 @@ class Sweep:
         methods: out of ``METHODS``.
         data: gives a seed's data set; loaded by the settings if None.
         latency_table: adds latencies to the results.
+        device: where everything is computed.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -120,6 +155,7 @@ class Sweep:
         methods: Sequence[str] = tuple(METHODS),
         data: Callable[[int], DataSplits] | None = None,
         latency_table: LatencyTable | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         unknown = [m for m in methods if m not in METHODS]
         if unknown:
@@ -130,6 +166,8 @@ class Sweep:
         if base.recipe != "dfs":
             raise ValueError(f"a sweep compares networks of recipe 'dfs', got {base.recipe!r}")
         self.folder = folder.resolve()
+        self.seeds = tuple(seeds)
+        self.device = torch.device(device)
         self.base = base
         self.latency_table = latency_table
         self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
@@ -154,6 +192,31 @@ class Sweep:
         """Of the entries that are done, in order."""
         found = [self._result_path(entry) for entry in self.entries]
         return [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+
+    def about(self) -> dict[str, Any]:
+        """What its table says beside the rows: title, settings, decisions of the first seed."""
+        seed = self.seeds[0]
+        data = self.data(seed)
+        test, unverified = len(data.test), data.record()["unverified"]
+        note = f"{test} test images"
+        if unverified:
+            note += f"; data not as published: {', '.join(unverified)}"
+        return {
+            "title": f"{self.base.model} on {self.base.dataset}",
+            "note": note,
+            "test_images": test,
+            "left_out": self.skipped,
+            "base": self.base.to_dict(),
+            "decisions": [
+                {
+                    "title": f"{r['label']}, target {r['target']:.2%}: cost {r['paper_cost']:.2%}",
+                    "shares": r["shares"],
+                    "run": r["run"],
+                }
+                for r in self.results()
+                if r["method"] == "dfs" and r["seed"] == seed and "failed" not in r
+            ],
+        }
 
     def run(
         self,
@@ -186,32 +249,37 @@ class Sweep:
                 finished(result)
         return True
 
-    def runs_ahead(self) -> Iterator[tuple[str, TrainConfig, int, int]]:
-        """What is still to be trained: (key, settings, first stage, stage behind the last)."""
+    def runs_ahead(self) -> Iterator[RunAhead]:
+        """What is still to be trained, each once."""
         seen: set[str] = set()
         for entry in self.entries:
             if self._result_path(entry).exists():
                 continue
             config, begun = entry.config, (self._run_folder(entry) / CHECKPOINT_NAME).exists()
             shared = shareable_stages(config)
-            parts = [] if begun else [(0, 1), (1, shared)]
-            for first, last in parts:
-                yield from self._once(seen, prefix_key(config, last), config, first, last)
             every = len(stages_of(config))
-            yield from self._once(seen, entry.run_key, config, shared, every)
-
-    @staticmethod
-    def _once(
-        seen: set[str], key: str, config: TrainConfig, first: int, last: int
-    ) -> Iterator[tuple[str, TrainConfig, int, int]]:
-        if key not in seen and last > first:
-            seen.add(key)
-            yield key, config, first, last
+            widths = "/".join(map(str, config.choices))
+            parts = [(entry.run_key, RunAhead(entry.title, config, shared, every))]
+            if not begun:
+                start = RunAhead(f"shared: float {config.model}, seed {config.seed}", config, 0, 1)
+                switch = RunAhead(
+                    f"shared: {widths} bits, {config.model}, seed {config.seed}", config, 1, shared
+                )
+                parts = [
+                    (prefix_key(config, 1), start),
+                    (prefix_key(config, shared), switch),
+                    *parts,
+                ]
+            for key, run in parts:
+                done = (self.folder / "shared" / key / CHECKPOINT_NAME).exists()
+                if key not in seen and run.last > run.first and not done:
+                    seen.add(key)
+                    yield run
 
     def data(self, seed: int) -> DataSplits:
         """The data set of a seed; one is kept."""
         if self._loaded is None or self._loaded[0] != seed:
-            self._loaded = (seed, self._load(seed))
+            self._loaded = (seed, self._load(seed).to(self.device))
         return self._loaded[1]
 
     def _entries(
@@ -279,7 +347,7 @@ class Sweep:
         folder, config = self._run_folder(entry), entry.config
         data = self.data(config.seed)
         if (folder / CHECKPOINT_NAME).exists():
-            trainer = Trainer.load(folder, data)
+            trainer = Trainer.load(folder, data, device=self.device)
         else:
             shared = self._shared(config, shareable_stages(config), progress, stop)
             if shared is None:
@@ -292,10 +360,11 @@ class Sweep:
         folder = self._shared_folder(config, count)
         settings = replace(config, recipe="dfs", static_widths=())
         if (folder / CHECKPOINT_NAME).exists():
-            trainer = Trainer.load(folder, self.data(config.seed))
+            trainer = Trainer.load(folder, self.data(config.seed), device=self.device)
         elif count == 1:
             # The float network needs no teacher, which it may be itself.
-            trainer = Trainer(replace(settings, teacher=""), folder, self.data(config.seed))
+            begun = replace(settings, teacher="")
+            trainer = Trainer(begun, folder, self.data(config.seed), self.device)
         else:
             start = self._shared(config, 1, progress, stop)
             if start is None:
@@ -356,6 +425,9 @@ class Sweep:
             "milliseconds_per_image": measured.milliseconds,
             "widths_used": list(measured.widths_used),
             "distinct_decisions": measured.distinct_decisions,
+            "shares": None
+            if measured.bits is None
+            else measured.shares(trainer.model.choices).tolist(),
             "validation": trainer.results.get(trainer.stages[-1].name, {}),
         }
 
@@ -380,33 +452,85 @@ class Sweep:
 
 
 class _Clock:
-    """How long a sweep has to go, by the steps ahead and the time of those it has taken."""
+    """How long a sweep has to go, by the steps ahead and the time of those it has taken.
 
-    def __init__(self, sweep: Sweep) -> None:
+    A stage's steps are expected to take as long as its steps took before, or, until then, as those
+    of the latest other stage, by the passes of each; both by the size of the networks.
+    """
+
+    def __init__(self, sweep: Sweep, clock: Callable[[], float] = time.monotonic) -> None:
         self._sweep = sweep
-        self._start = time.monotonic()
-        self._done = 0.0
-        self._ahead = 0.0
-        for _, config, first, last in sweep.runs_ahead():
-            data = sweep.data(config.seed)
-            stages = stages_of(config)[first:last]
-            self._ahead += sum(s.length(config, data) * s.passes for s in stages)
+        self._clock = clock
+        self._runs = list(sweep.runs_ahead())
+        self._ahead: dict[str, float] = defaultdict(float)
+        self._macs: dict[tuple[str, int], int] = {}
+        for run in self._runs:
+            for stage, steps, work in self._stages(run):
+                self._ahead[stage] += steps * work
+        # By stage: steps, seconds, work.
+        self._taken: dict[str, tuple[int, float, float]] = {}
+        self._latest = ""
+        self._planned = False
+
+    def _stages(self, run: RunAhead) -> Iterator[tuple[str, int, float]]:
+        """Name, steps, and the work of a step, of the stages of a run."""
+        data = self._sweep.data(run.config.seed)
+        for stage in stages_of(run.config)[run.first : run.last]:
+            yield stage.name, stage.length(run.config, data), stage.passes * self._size(run.config)
+
+    def _size(self, config: TrainConfig) -> int:
+        key = (config.model, config.seed)
+        if key not in self._macs:
+            data = self._sweep.data(config.seed)
+            model = build_dynamic(config, data.classes, data.channels)
+            self._macs[key] = model.macs(*data.image_size).total
+        return self._macs[key]
+
+    def _rate(self, stage: str) -> float | None:
+        """Seconds of a unit of work."""
+        for name in (stage, self._latest):
+            steps, seconds, work = self._taken.get(name, (0, 0.0, 0.0))
+            if steps >= _FEWEST_STEPS:
+                return seconds / work
+        return None
+
+    def _left(self) -> float | None:
+        rates = {stage: self._rate(stage) for stage in self._ahead}
+        if None in rates.values():
+            return None
+        return sum(max(work, 0.0) * (rates[s] or 0.0) for s, work in self._ahead.items())
+
+    def _plan(self) -> SweepPlan:
+        rows = []
+        for run in self._runs:
+            stages = list(self._stages(run))
+            seconds = sum(steps * work * (self._rate(s) or 0.0) for s, steps, work in stages)
+            rows.append((run.label, sum(steps for _, steps, _ in stages), seconds))
+        return SweepPlan(tuple(rows))
 
     def watch(self, entry: Entry, progress: Callable[[SweepProgress], None] | None) -> Any:
         """What a trainer of an entry is to tell its steps."""
         passes = {s.name: s.passes for s in stages_of(entry.config)}
         done = len(self._sweep.results())
-        target = "" if entry.target is None else f", {entry.target:.2%}"
-        label = f"{entry.label}{target}, seed {entry.config.seed}"
+        size, entries = self._size(entry.config), len(self._sweep.entries)
+        before: list[Any] = ["", 0.0]
 
         def told(stage: str, step: int, steps: int, measured: dict[str, float]) -> None:
-            self._done += passes.get(stage, 1.0)
-            if progress is None:
-                return
-            elapsed = time.monotonic() - self._start
-            left = max(self._ahead - self._done, 0.0) * elapsed / self._done
-            entries = len(self._sweep.entries)
-            progress(SweepProgress(label, stage, step, steps, measured, done, entries, left))
+            now, work = self._clock(), passes.get(stage, 1.0) * size
+            # The first step of a stage comes after what prepared it.
+            if before[0] == stage:
+                count, seconds, known = self._taken.get(stage, (0, 0.0, 0.0))
+                self._taken[stage] = (count + 1, seconds + now - before[1], known + work)
+                if count + 1 >= _FEWEST_STEPS:
+                    self._latest = stage
+            before[:] = stage, now
+            self._ahead[stage] -= work
+            left = self._left()
+            plan = self._plan() if left is not None and not self._planned else None
+            self._planned |= plan is not None
+            if progress is not None:
+                at = (entry.title, stage, step, steps, measured, done, entries, left, plan)
+                progress(SweepProgress(*at))
 
         return told
 

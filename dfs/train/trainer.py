@@ -45,26 +45,35 @@ class Trainer:
         config: the settings.
         folder: where checkpoints and metrics go; None keeps nothing.
         data: the data set, loaded by the config's name if None.
+        device: where everything is computed; sets that are kept in memory lie there, too. It is not
+            among the settings: what was saved goes on anywhere, bit for bit only where it began.
 
     Raises:
         ValueError: a setting that does not fit the data.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path | None = None, data: DataSplits | None = None
+        self,
+        config: TrainConfig,
+        folder: Path | None = None,
+        data: DataSplits | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.folder = folder
-        self.data = data if data is not None else load_data(config)
+        self.device = torch.device(device)
+        self.data = (data if data is not None else load_data(config)).to(self.device)
+        # Networks are initialised on the CPU: alike, whatever the device.
         torch.manual_seed(config.seed)
         plain = build_model(config.model, self.data.classes, self.data.channels, None)
         assert isinstance(plain, PlainResNet)
-        self.plain = plain
-        self.model = build_dynamic(config, self.data.classes, self.data.channels)
+        self.plain = plain.to(self.device)
+        self.model = build_dynamic(config, self.data.classes, self.data.channels).to(self.device)
         correct_step_gradients(self.model)
         self.stages = stages_of(config)
         self.cost = self._make_cost()
-        self.teacher = _load_teacher(config, self.data) if config.teacher else None
+        teacher = _load_teacher(config, self.data) if config.teacher else None
+        self.teacher = None if teacher is None else teacher.to(self.device)
         self.stage_index = 0
         self.step = 0
         self.results: dict[str, dict[str, float]] = {}
@@ -109,7 +118,7 @@ class Trainer:
                     f"{name} can't become {getattr(config, name)!r}: "
                     f"what is to be shared was trained with {value!r}"
                 )
-        other = Trainer(config, folder, self.data)
+        other = Trainer(config, folder, self.data, self.device)
         other.plain.load_state_dict(self.plain.state_dict())
         if done > 1:
             # The gates are still untrained, and may be others.
@@ -211,7 +220,10 @@ class Trainer:
 
     @staticmethod
     def load(
-        folder: Path, data: DataSplits | None = None, data_folder: Path | None = None
+        folder: Path,
+        data: DataSplits | None = None,
+        data_folder: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> Trainer:
         """Take up the run that is kept in ``folder``.
 
@@ -228,7 +240,7 @@ class Trainer:
             config = TrainConfig.from_dict(content["config"])
             if data_folder is not None:
                 config = replace(config, data=str(data_folder))
-            trainer = Trainer(config, folder, data)
+            trainer = Trainer(config, folder, data, device)
             trainer._expect_data(content["data"], path)
             load_exactly(trainer.plain, content["plain"], f"{path}: plain")
             load_exactly(trainer.model, content["model"], f"{path}: model")
@@ -275,10 +287,11 @@ def _kind_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_data(config: TrainConfig) -> DataSplits:
-    """The data set that the settings name."""
+    """The data set that the settings name, with as many training images as they want."""
     folder = Path(config.data) if config.data else None
     waived = config.allow_unverified
-    return load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+    data = load_dataset(config.dataset, config.seed, folder, config.image_size, waived)
+    return data.limited(config.train_images) if config.train_images else data
 
 
 def check_reach(config: TrainConfig, low: float, high: float) -> None:

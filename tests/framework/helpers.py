@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,23 @@ TINY = TrainConfig(
     batchnorm_images=32,
     batchnorm_min_routed=4,
     cost_tolerance=1.0,
+)
+
+# The recipe of the paper's authors.
+TINY_PAPER = replace(
+    TINY,
+    recipe="paper",
+    semantics="paper",
+    stream="float32",
+    choices=(0, 8, 32),
+    target=0.3,
+    float_epochs=2,
+    gate_epochs=3,
+    gate_lr=0.05,
+    joint_epochs=1,
+    joint_lr=0.01,
+    beta=0.05,
+    cost_tolerance=10.0,
 )
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,10 @@ import dfs_kernels
 from dfs.nn.gate import straight_through
 from dfs.nn.gates import FeedForwardGate, RNNGate, make_gate
 from dfs.nn.stream import pooled_features
+from dfs.train import Trainer
+from dfs.train.stages import GateLearner
 from dfs_kernels.reference import cheapest_argmax
+from tests.framework.helpers import TINY, tiny_data
 
 
 def test_equal_logits_go_to_the_cheapest_choice() -> None:
@@ -243,3 +248,32 @@ def test_the_deviation_of_a_channel_that_does_not_vary_has_a_gradient() -> None:
 def test_unknown_gates_are_refused() -> None:
     with pytest.raises(ValueError, match="gate must be one of"):
         make_gate("oracle", [6], (0, 8))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_gradient_that_images_have_in_common_is_reduced(share: float) -> None:
+    torch.manual_seed(0)
+    gates = [FeedForwardGate([4], (0, 2, 8)) for _ in range(2)]
+    gates[1].load_state_dict(gates[0].state_dict())
+    gates[0].common_gradient = share
+    pooled = torch.randn(6, 4, dtype=torch.float64)
+    weight = torch.randn(6, 3) + torch.tensor([3.0, 0.0, -3.0])
+    grads = []
+    for gate in gates:
+        logits = pooled.new_zeros(6, 3).requires_grad_()
+        gate._score = lambda index, x, state, logits=logits: (logits * 1, None)  # type: ignore[method-assign,assignment]
+        (gate(0, pooled, None).mask * weight).sum().backward()
+        grads.append(logits.grad)
+    reduced, plain = grads
+    assert plain is not None
+    assert reduced is not None
+    torch.testing.assert_close(reduced, plain - (1 - share) * plain.mean(0))
+    assert plain.mean(0).abs().max() > 0.1
+
+
+def test_gates_that_look_learn_from_the_differences_and_constant_ones_from_all() -> None:
+    data = tiny_data()
+    for kind, expected in (("rnn", TINY.common_gradient), ("constant", 1.0)):
+        trainer = Trainer(replace(TINY, gate=kind), None, data)
+        GateLearner(trainer, 1e-2)
+        assert trainer.model.gate.common_gradient == expected

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dfs.data import DataSplits, ImageSet
-from dfs.progress import format_minutes
+from dfs.data import DataError, DataSplits, ImageSet
+from dfs.progress import format_duration
 from dfs.settings import configure, contradictions, parse_settings
 from dfs.train import TrainConfig, Trainer
 from dfs.train.oracle import best_mix, permuted_accuracies, uniform_oracle
@@ -21,7 +21,8 @@ from dfs.train.plan import TimePlan
 from dfs.train.presets import load_preset, preset_names, to_toml
 from dfs.train.recipes import settings_of, stages_of
 from dfs.train.stages import Stage, accumulate, decay
-from tests.framework.helpers import TINY, equal_content, settled_model, tiny_data
+from tests.framework import data_files
+from tests.framework.helpers import TINY, TINY_PAPER, equal_content, settled_model, tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_contradictions_are_told_by_name() -> None:
     found = contradictions(config, None, {"target": 0.02}, ["gate_lr=0.5"])
     assert found == [
         "target=0.02, but the run has 0.04",
-        "gate_lr=0.5, but the run has 0.03",
+        "gate_lr=0.5, but the run has 0.01",
     ]
     assert any("preset fast: gate_epochs=60" in f for f in contradictions(config, "fast", {}, []))
 
@@ -164,7 +165,7 @@ def test_a_stage_declares_every_setting_that_it_reads(recipe: str, data: DataSpl
         "dfs": TINY,
         "static": replace(TINY, recipe="static", static_widths=(2, 8)),
         "static32": replace(TINY, recipe="static", static_widths=(32,)),
-        "paper": _PAPER,
+        "paper": TINY_PAPER,
     }[recipe]
     trainer = Trainer(config, None, data)
     trainer.check_target = lambda: None  # type: ignore[method-assign]
@@ -201,6 +202,7 @@ _EFFECTS: list[tuple[dict[str, Any], int]] = [
     ({"target": 0.01}, 3),
     ({"cost": "bitops"}, 3),
     ({"diversity": 0.0}, 3),
+    ({"common_gradient": 1.0}, 3),
     ({"lambda_start": 2.0}, 3),
     ({"lambda_rate": 0.5}, 3),
     ({"gate_epochs": 3}, 3),
@@ -218,7 +220,8 @@ _EFFECTS: list[tuple[dict[str, Any], int]] = [
 ]
 # Tested by what they do: what data, where from, which network, which stages, when a run fails.
 _TESTED_ELSEWHERE = {
-    *("dataset", "data", "image_size", "allow_unverified", "model", "semantics", "recipe"),
+    *("dataset", "data", "image_size", "train_images", "allow_unverified"),
+    *("model", "semantics", "recipe"),
     *("static_widths", "teacher", "latency_table", "exit_points", "cost_tolerance", "beta"),
 }
 
@@ -227,6 +230,47 @@ def test_every_setting_is_tested() -> None:
     tested = {name for values, _ in _EFFECTS for name in values}
     assert tested | _TESTED_ELSEWHERE == {f.name for f in fields(TrainConfig)}
     assert not tested & _TESTED_ELSEWHERE
+
+
+def test_settings_of_the_data_decide_what_is_trained_on(tmp_path: Path) -> None:
+    data_files.class_folders(tmp_path, {"ant": 25, "bee": 25, "cow": 25})
+    config = replace(TINY, dataset="folder", data=str(tmp_path))
+    default = Trainer(config)
+    small = Trainer(replace(config, image_size=16))
+    assert default.data.image_size != small.data.image_size == (16, 16)
+    assert small.data.train.first(2).shape == (2, 3, 16, 16)
+    few = Trainer(replace(config, image_size=16, train_images=20))
+    assert (len(few.data.train), len(few.data.gate)) == (18, 2)
+    assert len(few.data.val) == len(small.data.val)
+    assert len(few.data.train) < len(small.data.train)
+    assert few.stages[0].length(few.config, few.data) < small.stages[0].length(
+        small.config, small.data
+    )
+
+
+def test_unverified_data_must_be_allowed_by_name(tmp_path: Path) -> None:
+    data_files.write(tmp_path, data_files.cifar10_binary())
+    config = replace(TINY, dataset="cifar10", data=str(tmp_path))
+    with pytest.raises(DataError, match="data_batch_1"):
+        Trainer(config)
+    allowed = Trainer(replace(config, allow_unverified=("cifar10",)))
+    assert len(allowed.data.record()["unverified"]) == 6
+
+
+def test_settings_of_the_network_decide_what_is_built(data: DataSplits) -> None:
+    assert Trainer(replace(TINY, model="resnet14"), None, data).model.gated_blocks == 5
+    semantics = Trainer(TINY_PAPER, None, data).model.semantics
+    assert (semantics.quantizer, semantics.paper_skipping) == ("paper", True)
+    assert not Trainer(TINY, None, data).model.semantics.paper_skipping
+
+
+def test_beta_weighs_the_cost_in_the_papers_loss(data: DataSplits) -> None:
+    weights = []
+    for beta in (0.0, 0.5):
+        trainer = Trainer(replace(TINY_PAPER, beta=beta, gate_epochs=1), None, data)
+        trainer.run(2)
+        weights.append(trainer.model.gate.state_dict())
+    assert not equal_content(*weights)
 
 
 @pytest.fixture(scope="module")
@@ -324,22 +368,6 @@ def test_a_teacher_of_another_depth_teaches(data: DataSplits, tmp_path: Path) ->
 
 # The paper's recipe
 
-_PAPER = replace(
-    TINY,
-    recipe="paper",
-    semantics="paper",
-    stream="float32",
-    choices=(0, 8, 32),
-    target=0.3,
-    float_epochs=2,
-    gate_epochs=3,
-    gate_lr=0.05,
-    joint_epochs=1,
-    joint_lr=0.01,
-    beta=0.05,
-    cost_tolerance=10.0,
-)
-
 
 def _expected_cost(trainer: Trainer) -> float:
     """Of decisions drawn from the gate's softmax."""
@@ -355,7 +383,7 @@ def test_the_papers_rule_pushes_the_cost_towards_the_target(
     target: float, up: bool, data: DataSplits
 ) -> None:
     # A joint step with nearly nothing but the rule in its loss.
-    config = replace(_PAPER, target=target, gate_epochs=1, beta=10.0, joint_lr=1e-4)
+    config = replace(TINY_PAPER, target=target, gate_epochs=1, beta=10.0, joint_lr=1e-4)
     trainer = Trainer(config, None, data)
     trainer.run(2)
     with torch.no_grad():
@@ -368,7 +396,7 @@ def test_the_papers_rule_pushes_the_cost_towards_the_target(
 
 def test_the_papers_second_stage_goes_to_full_execution(data: DataSplits) -> None:
     costs: list[float] = []
-    trainer = Trainer(replace(_PAPER, gate_epochs=6, beta=0.3), None, data)
+    trainer = Trainer(replace(TINY_PAPER, gate_epochs=6, beta=0.3), None, data)
     trainer.run(1)
     with torch.no_grad():
         trainer.model.gate.proj.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
@@ -379,7 +407,7 @@ def test_the_papers_second_stage_goes_to_full_execution(data: DataSplits) -> Non
 
 
 def test_the_papers_backbone_is_frozen_in_its_second_stage(data: DataSplits) -> None:
-    trainer = Trainer(_PAPER, None, data)
+    trainer = Trainer(TINY_PAPER, None, data)
     trainer.run(1)
     trainer.run(2, max_steps=1)
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
@@ -457,14 +485,16 @@ def test_the_plan_learns_how_long_stages_take(data: DataSplits) -> None:
     assert plan.remaining() == pytest.approx(expected)
     first = plan.stages()[0]
     assert (first.steps, first.measured) == (8, True)
-    assert first.minutes == pytest.approx(16 / 60)
+    assert first.seconds == pytest.approx(16)
     assert not plan.stages()[2].measured
     assert plan.stages()[4].epochs == 2
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (3600 * 3, "3.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (600, "10 min"), (3600 * 3, "3.0 h"), (9e5, "10.4 days")]
+)
 def test_times_are_told_in_words(seconds: float, text: str) -> None:
-    assert format_minutes(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_runs_folder_says_what_made_it(data: DataSplits, tmp_path: Path) -> None:
@@ -507,7 +537,7 @@ def test_curves_go_to_tensorboard_where_it_is_installed(
 
 
 def test_every_stage_says_what_it_is() -> None:
-    for config in (TINY, _PAPER, replace(TINY, recipe="static", static_widths=(2,))):
+    for config in (TINY, TINY_PAPER, replace(TINY, recipe="static", static_widths=(2,))):
         names = [stage.name for stage in stages_of(config)]
         assert len(set(names)) == len(names)
         assert all(stage.__doc__ and stage.settings for stage in stages_of(config))

@@ -71,7 +71,8 @@ def test_a_sweep_goes_on_and_leaves_tables_plots_and_a_page(
     assert "the same command goes on" in error
     code, printed, error = run_dfs([*command, "--json"], monkeypatch, capsys)
     assert code == 0, error
-    rows = json.loads(printed)["rows"]
+    found = json.loads(printed)
+    rows = found["rows"]
     assert [row["method"] for row in rows] == ["dfs", "static8", "cascade"]
     assert "accuracy" in error
     assert (out / "table.md").read_text().count("\n") == 5
@@ -81,10 +82,38 @@ def test_a_sweep_goes_on_and_leaves_tables_plots_and_a_page(
     assert [Path(p).name for p in printed.split()] == [
         "accuracy-paper_cost.png",
         "accuracy-bitops.png",
+        "decisions.png",
     ]
+    texts = ("static, 8 bits", "Accuracy over", "Decisions", "The cheapest and the dearest images")
+    assert found["report"] == str(out / "report.html")
+    _check_page(out / "report.html", *texts)
+    (out / "report.html").unlink()
     code, printed, error = run_dfs(["report", str(out)], monkeypatch, capsys)
     assert code == 0, error
-    _check_page(Path(printed.strip()), "static, 8 bits", "Accuracy over")
+    _check_page(Path(printed.strip()), *texts)
+
+
+def test_a_log_file_shows_steps_time_left_and_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", "--out", str(tmp_path), *_TINY, "--methods", "dfs", "--targets", "0.03"]
+    code, _, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 0, error
+    assert "Time ahead" in error
+    assert re.search(r"together +│ +│ about \d", error)
+    (line,) = re.findall(r".*S4 joint.*", error)[-1:]
+    assert re.match(r"\d\d:\d\d:\d\d  1/1 DFS, 3.00%, seed 0: S4 joint  8/8  \d+ s to go", line)
+    assert "  cost 0." in line
+
+
+def test_a_sweep_without_a_folder_takes_one_named_after_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", *_TINY, "--methods", "static8", "--max-minutes", "0"]
+    code, _, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 3, error
+    assert (tmp_path / "sweeps" / "digits-digits" / "table.json").exists()
 
 
 def test_time_runs_out_with_a_checkpoint_and_contradictions_are_refused(
