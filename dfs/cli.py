@@ -21,7 +21,7 @@ from dfs.cost import FULL_BITS
 from dfs.data import AUTO, DATASETS, DataError, DataSplits, load_dataset, recognise
 from dfs.data.load import FOLDER
 from dfs.data.picture import PictureError
-from dfs.engine import DeviceError, Engine, freeze, load_engine, time_engine
+from dfs.engine import Engine, freeze, load_engine, time_engine
 from dfs.engine.budget import BudgetCurve
 from dfs.latency import LatencyTable
 from dfs.models import DynamicResNet, build_model
@@ -524,13 +524,11 @@ def predict(
         Path | None, typer.Option(help="Folder of a finished run, or a checkpoint.")
     ] = None,
     engine: Annotated[Path | None, typer.Option(help="File that dfs freeze wrote.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the engine runs: cpu, cuda or cuda:1 and so on.")
-    ] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Class, confidence, every block's bits, cost and time of each picture."""
-    found = list(_make_predictor(checkpoint, engine, device).predict(images))
+    found = list(_make_predictor(checkpoint, engine, _device(device)).predict(images))
     unreadable = [error for error in found if isinstance(error, PictureError)]
     predictions = [one for one in found if not isinstance(one, PictureError)]
     if as_json:
@@ -550,17 +548,17 @@ def predict(
         raise typer.Exit(USER_ERROR)
 
 
-def _make_predictor(checkpoint: Path | None, engine: Path | None, device: str | None) -> Predictor:
+def _make_predictor(
+    checkpoint: Path | None, engine: Path | None, device: torch.device
+) -> Predictor:
     if (checkpoint is None) == (engine is None):
         raise UserError("give --checkpoint or --engine, one of them")
     if checkpoint is not None:
-        if device is not None:
-            raise UserError("--device goes with --engine; a checkpoint runs on the CPU")
-        return Predictor.from_checkpoint(checkpoint)
+        return Predictor.from_checkpoint(checkpoint, device)
     assert engine is not None
     try:
-        return Predictor.from_engine(engine, device or "cpu")
-    except (ValueError, DeviceError) as error:
+        return Predictor.from_engine(engine, device)
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 

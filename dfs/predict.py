@@ -60,24 +60,24 @@ class Predictor:
     costs: Mapping[str, Cost]
 
     @staticmethod
-    def from_checkpoint(path: Path) -> Predictor:
+    def from_checkpoint(path: Path, device: torch.device | str = "cpu") -> Predictor:
         """The network of a finished run's folder or a checkpoint file.
 
         Raises:
             CheckpointError: it can't be used.
         """
         network = load_network(path)
-        model, side = network.model, network.preprocessing.size
+        model, side = network.model.to(device), network.preprocessing.size
 
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-            out = model.run(images)
-            return out.logits, out.bits
+            out = model.run(images.to(device))
+            return out.logits.cpu(), out.bits.cpu()
 
         costs = {"paper_cost": PaperCost(model), "bitops": BitOps(model, (side, side))}
         return Predictor(classify, network.preprocessing, model.choices, costs)
 
     @staticmethod
-    def from_engine(path: Path, device: str = "cpu") -> Predictor:
+    def from_engine(path: Path, device: torch.device | str = "cpu") -> Predictor:
         """A frozen network.
 
         Raises:

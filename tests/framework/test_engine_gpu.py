@@ -360,7 +360,3 @@ def test_predict_says_where_an_engine_cannot_run(
         assert code == 2
         assert "device" in errors
         assert len(errors.splitlines()) == 1
-    run = ["predict", "a.png", "--checkpoint", "run", "--device", "cpu"]
-    code, _, errors = run_dfs(run, monkeypatch, capsys)
-    assert code == 2
-    assert "--device goes with --engine" in errors
