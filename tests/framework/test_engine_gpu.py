@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfs import Engine, freeze, load_engine
 from dfs.data import Preprocessing
@@ -234,26 +235,41 @@ def test_batches_take_the_smallest_recording_that_holds_them(
         assert graphs.runs == made, count
 
 
-def test_samples_that_only_fill_a_recording_are_skipped(engine: Engine, images: Tensor) -> None:
+class BlockBits(TorchDispatchMode):
+    """Keeps the widths that every block is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if func.name().startswith("dfs::gated_block"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.bits.append({**dict(zip(names, args, strict=False)), **given}["bits"].clone())
+        return func(*args, **given)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("gate", ["rnn", "feedforward"])
+def test_samples_that_only_fill_a_recording_are_skipped(
+    gate: str, forced: bool, images: Tensor
+) -> None:
     """And what an earlier call has left in its inputs has no effect."""
-    filled: list[Tensor] = []
-
-    class Watch(StandInGraphs):
-        def record(self, run: Run) -> Run:
-            replay = super().record(run)
-
-            def watched() -> NetworkOutput:
-                output = replay()
-                filled.append(output.bits.clone())
-                return output
-
-            return watched
-
-    executor = executor_of(engine, Watch(), (8,))
-    executor.run(images[:7], None, None)
-    assert_same(executor.run(images[8:10], None, None), engine(images[8:10]))
-    assert int(filled[0][:7].sum()) > 0
-    assert int(filled[1][2:].abs().sum()) == 0
+    engine = freeze(make_model(gate=gate), SIZE)
+    executor = executor_of(engine, PlainCalls(), (8,))
+    policy = torch.full((7, engine.gated_blocks), 4, dtype=torch.int32) if forced else None
+    executor.run(images[:7], policy, None)
+    few = None if policy is None else policy[:2]
+    with BlockBits() as watched:
+        found = executor.run(images[8:10], few, None)
+    assert_same(found, engine(images[8:10], few))
+    assert len(watched.bits) == engine.gated_blocks + 1
+    for bits in watched.bits:
+        assert bits[2:].tolist() == [0] * 6
+    assert int(torch.stack(watched.bits)[:, :2].sum()) > 0
 
 
 def test_a_later_call_leaves_earlier_results_alone(engine: Engine, images: Tensor) -> None:
