@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "dfs/types.h"
 #include "kernel_table.h"
@@ -17,16 +18,43 @@ size_t pool_scratch_bytes(const FeatureMap& map);
 void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table, void* scratch,
                  double* means);
 
-// A row of weight (rows, columns) times x, plus its bias.
-double map_row(const float* weight, int64_t row, int64_t columns, const double* x,
-               const float* bias);
+// A linear map in double, its weights as KernelTable::map_columns takes them.
+class LinearMap {
+ public:
+  LinearMap() = default;
+  // From a weight (rows, columns) and a bias (rows).
+  LinearMap(const float* weight, const float* bias, int64_t rows, int64_t columns);
+
+  void apply(const KernelTable& table, const double* x, double* result) const {
+    table.map_columns(weight_.data(), bias_.data(), rows(), columns_, x, result);
+  }
+
+ private:
+  int64_t rows() const { return static_cast<int64_t>(bias_.size()); }
+
+  int64_t columns_ = 0;
+  std::vector<double> weight_;
+  std::vector<double> bias_;
+};
 
 // Index of the largest logit, the lowest among equals; the last one where a NaN leaves no largest.
 int64_t cheapest_argmax(const double* logits, int64_t count);
 
+// Values of scratch that a step takes for each hidden unit.
+constexpr int64_t kGateUnits = 10;
+
 size_t gate_scratch_bytes(const RnnGateArgs& args);
 
-// Writes `sample`'s part of the results.
-void gate_step(const RnnGateArgs& args, int64_t sample, const KernelTable& table, void* scratch);
+// What a recurrent gate computes with; those but `embed` are shared by the gates of a network.
+struct RnnGateMaps {
+  const LinearMap* embed;
+  const LinearMap* input;
+  const LinearMap* recurrent;
+  const LinearMap* project;
+};
+
+// Writes `sample`'s part of the results. The parameters come from `maps`, not from `args`.
+void gate_step(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
+               const KernelTable& table, void* scratch);
 
 }  // namespace dfs

@@ -2,6 +2,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/gate_units.h"
 #include "kernels/peak.h"
 #include "kernels/pooling.h"
 
@@ -16,6 +17,8 @@ const KernelTable kAvx2Kernels = {
     avx2::convert_rows,
     avx2::convert_rows,
     avx2::sum_pixels,
+    avx2::map_columns,
+    avx2::lstm_units,
     avx2::quantize_filter,
     avx2::vector_tile_bytes,
     avx2::vector_retile,

@@ -27,6 +27,9 @@ struct BackwardWeight {
   const float* blocks = nullptr;
 };
 
+// Rows of a gate's linear map are padded to a multiple of this.
+constexpr int kGateRows = 8;
+
 struct KernelTable {
   const char* name;
 
@@ -47,6 +50,13 @@ struct KernelTable {
 
   // Sums (channels) over `pixels` runs of bytes.
   void (*sum_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t* sums);
+
+  // Of gates, in float64: weight (columns, rows padded to kGateRows) times x plus bias, and an LSTM
+  // cell from its gates (4, hidden) and the cell before, null for zeros.
+  void (*map_columns)(const double* weight, const double* bias, int64_t rows, int64_t columns,
+                      const double* x, double* result);
+  void (*lstm_units)(const double* gates, int64_t hidden, const double* kept, double* cell,
+                     double* output);
 
   // One output channel, (channels, kernel_h * kernel_w) -> [kernel_h * kernel_w][channels] codes.
   void (*quantize_filter)(const float* weight, int64_t channels, int64_t taps, float scale,

@@ -15,9 +15,7 @@ namespace dfs {
 namespace {
 
 // About what the LSTM step of a gate of ten units takes.
-constexpr double kStepNanoseconds = 1500.0;
-
-double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+constexpr double kStepNanoseconds = 400.0;
 
 void pool_values(const FeatureMap& map, int64_t sample, double* means) {
   const double pixels = static_cast<double>(map.height * map.width);
@@ -72,38 +70,32 @@ void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table,
   for (int64_t c = 0; c < map.channels; ++c) means[c] = static_cast<double>(sums[c] - zero) * step;
 }
 
-// `memory` holds 6 * hidden values.
-void decide(const RnnGateArgs& args, int64_t sample, const double* means, double* memory) {
+// `memory` holds kGateUnits * hidden values.
+void decide(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
+            const KernelTable& table, const double* means, double* memory) {
   const int64_t hidden = args.hidden;
   double* x = memory;
   double* gates = x + hidden;
-  double* before = gates + 4 * hidden;
+  double* recurrent = gates + 4 * hidden;
+  double* before = recurrent + 4 * hidden;
+  const double* kept = nullptr;
+  const int64_t cells = (args.batch + sample) * hidden;
   if (args.state != nullptr) {
     std::copy_n(args.state + sample * hidden, hidden, before);
+    kept = args.state + cells;
   } else {
     std::fill_n(before, hidden, 0.0);
   }
-  for (int64_t i = 0; i < hidden; ++i) {
-    x[i] = map_row(args.embed_weight, i, args.input.channels, means, args.embed_bias);
-  }
-  for (int64_t i = 0; i < 4 * hidden; ++i) {
-    gates[i] = map_row(args.weight_ih, i, hidden, x, args.bias_ih) +
-               map_row(args.weight_hh, i, hidden, before, args.bias_hh);
-  }
-  const int64_t cells = (args.batch + sample) * hidden;
+  maps.embed->apply(table, means, x);
+  maps.input->apply(table, x, gates);
+  maps.recurrent->apply(table, before, recurrent);
+  for (int64_t i = 0; i < 4 * hidden; ++i) gates[i] += recurrent[i];
   double* output = args.out_state + sample * hidden;
-  double* cell = args.out_state + cells;
-  for (int64_t i = 0; i < hidden; ++i) {
-    const double kept = args.state == nullptr ? 0.0 : args.state[cells + i];
-    cell[i] =
-        sigmoid(gates[hidden + i]) * kept + sigmoid(gates[i]) * std::tanh(gates[2 * hidden + i]);
-    output[i] = sigmoid(gates[3 * hidden + i]) * std::tanh(cell[i]);
-  }
+  table.lstm_units(gates, hidden, kept, args.out_state + cells, output);
   const int64_t count = args.choice_count;
   double* logits = args.out_logits + sample * count;
-  for (int64_t k = 0; k < count; ++k) {
-    logits[k] = map_row(args.proj_weight, k, hidden, output, args.proj_bias) + args.choice_bias[k];
-  }
+  maps.project->apply(table, output, logits);
+  for (int64_t k = 0; k < count; ++k) logits[k] += args.choice_bias[k];
   args.out_bits[sample] = args.choices[cheapest_argmax(logits, count)];
 }
 
@@ -129,11 +121,15 @@ void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table
   }
 }
 
-double map_row(const float* weight, int64_t row, int64_t columns, const double* x,
-               const float* bias) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < columns; ++i) sum += weight[row * columns + i] * x[i];
-  return sum + bias[row];
+LinearMap::LinearMap(const float* weight, const float* bias, int64_t rows, int64_t columns)
+    : columns_(columns), bias_(bias, bias + rows) {
+  const int64_t step = (rows + kGateRows - 1) / kGateRows * kGateRows;
+  weight_.resize(static_cast<size_t>(step * columns));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      weight_[static_cast<size_t>(column * step + row)] = weight[row * columns + column];
+    }
+  }
 }
 
 int64_t cheapest_argmax(const double* logits, int64_t count) {
@@ -146,15 +142,16 @@ int64_t cheapest_argmax(const double* logits, int64_t count) {
 }
 
 size_t gate_scratch_bytes(const RnnGateArgs& args) {
-  const int64_t doubles = args.input.channels + 6 * args.hidden;
+  const int64_t doubles = args.input.channels + kGateUnits * args.hidden;
   return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(args.input);
 }
 
-void gate_step(const RnnGateArgs& args, int64_t sample, const KernelTable& table, void* scratch) {
+void gate_step(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
+               const KernelTable& table, void* scratch) {
   auto* means = static_cast<double*>(scratch);
   double* memory = means + args.input.channels;
-  pool_sample(args.input, sample, table, memory + 6 * args.hidden, means);
-  decide(args, sample, means, memory);
+  pool_sample(args.input, sample, table, memory + kGateUnits * args.hidden, means);
+  decide(args, maps, sample, table, means, memory);
 }
 
 void rnn_gate(const RnnGateArgs& args, int threads) {
@@ -166,9 +163,15 @@ void rnn_gate(const RnnGateArgs& args, int threads) {
   const KernelTable& table = kernels();
   const int64_t values = map.channels * map.height * map.width;
   const double cost = static_cast<double>(values) * kNanosecondsPerValue + kStepNanoseconds;
+  const int64_t hidden = args.hidden;
+  const LinearMap embed(args.embed_weight, args.embed_bias, hidden, map.channels);
+  const LinearMap input(args.weight_ih, args.bias_ih, 4 * hidden, hidden);
+  const LinearMap recurrent(args.weight_hh, args.bias_hh, 4 * hidden, hidden);
+  const LinearMap project(args.proj_weight, args.proj_bias, args.choice_count, hidden);
+  const RnnGateMaps maps = {&embed, &input, &recurrent, &project};
   parallel_for_scratch(
       args.batch, cost, threads, gate_scratch_bytes(args),
-      [&](int64_t sample, void* memory) { gate_step(args, sample, table, memory); });
+      [&](int64_t sample, void* memory) { gate_step(args, maps, sample, table, memory); });
 }
 
 }  // namespace dfs

@@ -5,18 +5,12 @@
 #include <string>
 
 #include "checks.h"
-#include "gate_step.h"
 
 namespace dfs {
 namespace {
 
 // Keeps a gradient finite in training, so it belongs to the value.
 constexpr double kLeastVariance = 1e-10;
-
-template <typename T>
-std::vector<T> copied(const T* values, int64_t count) {
-  return std::vector<T>(values, values + count);
-}
 
 // Channel deviations of one sample, those of integer codes from exact sums.
 void spread_sample(const FeatureMap& map, const double* means, double* deviations) {
@@ -53,14 +47,11 @@ Gates::Gates(const NetworkSpec& spec) : hidden_(spec.hidden), choices_(spec.choi
   if (spec.gates.empty()) return;
   const int64_t count = choice_count();
   if (count < 1 || count > kMaxChoices) reject("network: it has gates, but no choices");
-  choice_bias_ = copied(spec.choice_bias, count);
+  choice_bias_.assign(spec.choice_bias, spec.choice_bias + count);
   if (spec.gates[0].kind == GateKind::kRecurrent) {
-    weight_ih_ = copied(spec.weight_ih, 4 * hidden_ * hidden_);
-    weight_hh_ = copied(spec.weight_hh, 4 * hidden_ * hidden_);
-    bias_ih_ = copied(spec.bias_ih, 4 * hidden_);
-    bias_hh_ = copied(spec.bias_hh, 4 * hidden_);
-    proj_weight_ = copied(spec.proj_weight, count * hidden_);
-    proj_bias_ = copied(spec.proj_bias, count);
+    input_ = LinearMap(spec.weight_ih, spec.bias_ih, 4 * hidden_, hidden_);
+    recurrent_ = LinearMap(spec.weight_hh, spec.bias_hh, 4 * hidden_, hidden_);
+    project_ = LinearMap(spec.proj_weight, spec.proj_bias, count, hidden_);
   }
   size_t index = 0;
   for (const BlockSpec& block : spec.blocks) {
@@ -74,13 +65,15 @@ Gates::Gates(const NetworkSpec& spec) : hidden_(spec.hidden), choices_(spec.choi
     gate.deviation = from.deviation;
     if (from.kind != GateKind::kConstant) {
       const int64_t channels = block.layers[0].geometry.in_channels;
-      gate.embed_weight = copied(from.embed_weight, hidden_ * channels * (from.deviation ? 2 : 1));
-      gate.embed_bias = copied(from.embed_bias, hidden_);
+      gate.embed = LinearMap(from.embed_weight, from.embed_bias, hidden_,
+                             channels * (from.deviation ? 2 : 1));
     }
     if (from.kind == GateKind::kFeedForward) {
-      gate.proj_weight = copied(from.proj_weight, count * hidden_);
+      gate.project = LinearMap(from.proj_weight, from.proj_bias, count, hidden_);
     }
-    if (from.kind != GateKind::kRecurrent) gate.proj_bias = copied(from.proj_bias, count);
+    if (from.kind == GateKind::kConstant) {
+      gate.logits.assign(from.proj_bias, from.proj_bias + count);
+    }
     gates_.push_back(std::move(gate));
   }
   if (gates_.size() != spec.gates.size()) reject("network: more gates than gated blocks");
@@ -88,7 +81,7 @@ Gates::Gates(const NetworkSpec& spec) : hidden_(spec.hidden), choices_(spec.choi
 
 size_t Gates::scratch_bytes(const FeatureMap& features) const {
   // Means, deviations, hidden units and what the LSTM keeps of them.
-  const int64_t doubles = 2 * features.channels + 6 * hidden_;
+  const int64_t doubles = 2 * features.channels + kGateUnits * hidden_;
   return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(features);
 }
 
@@ -102,7 +95,7 @@ int32_t Gates::decide(int64_t index, const GateTask& task, const KernelTable& ta
   }
   const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
   for (size_t k = 0; k < choices_.size(); ++k) {
-    task.logits[k] = static_cast<double>(gate.proj_bias[k]) + bias[k];
+    task.logits[k] = gate.logits[k] + bias[k];
   }
   return choices_[static_cast<size_t>(cheapest_argmax(task.logits, choice_count()))];
 }
@@ -117,19 +110,12 @@ int64_t Gates::decide_recurrent(const Gate& gate, const GateTask& task,
   args.choice_count = choice_count();
   for (int32_t k = 0; k < static_cast<int32_t>(choices_.size()); ++k) args.choices[k] = k;
   args.state = task.has_state ? task.state_before : nullptr;
-  args.embed_weight = gate.embed_weight.data();
-  args.embed_bias = gate.embed_bias.data();
-  args.weight_ih = weight_ih_.data();
-  args.weight_hh = weight_hh_.data();
-  args.bias_ih = bias_ih_.data();
-  args.bias_hh = bias_hh_.data();
-  args.proj_weight = proj_weight_.data();
-  args.proj_bias = proj_bias_.data();
   args.choice_bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
   args.out_bits = &choice;
   args.out_logits = task.logits;
   args.out_state = task.state_after;
-  gate_step(args, 0, table, task.scratch);
+  const RnnGateMaps maps = {&gate.embed, &input_, &recurrent_, &project_};
+  gate_step(args, maps, 0, table, task.scratch);
   return choice;
 }
 
@@ -138,19 +124,13 @@ int64_t Gates::decide_feed_forward(const Gate& gate, const GateTask& task,
   const int64_t channels = task.features.channels;
   auto* features = static_cast<double*>(task.scratch);
   double* units = features + 2 * channels;
-  pool_sample(task.features, 0, table, units + 6 * hidden_, features);
+  pool_sample(task.features, 0, table, units + kGateUnits * hidden_, features);
   if (gate.deviation) spread_sample(task.features, features, features + channels);
-  const int64_t count = channels * (gate.deviation ? 2 : 1);
-  for (int64_t i = 0; i < hidden_; ++i) {
-    const double unit =
-        map_row(gate.embed_weight.data(), i, count, features, gate.embed_bias.data());
-    units[i] = unit <= 0.0 ? 0.0 : unit;  // keeps NaN
-  }
+  gate.embed.apply(table, features, units);
+  for (int64_t i = 0; i < hidden_; ++i) units[i] = units[i] <= 0.0 ? 0.0 : units[i];  // keeps NaN
   const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
-  for (int64_t k = 0; k < choice_count(); ++k) {
-    task.logits[k] =
-        map_row(gate.proj_weight.data(), k, hidden_, units, gate.proj_bias.data()) + bias[k];
-  }
+  gate.project.apply(table, units, task.logits);
+  for (int64_t k = 0; k < choice_count(); ++k) task.logits[k] += bias[k];
   return cheapest_argmax(task.logits, choice_count());
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "gate_step.h"
 #include "kernel_table.h"
 #include "network.h"
 
@@ -37,7 +38,9 @@ class Gates {
   struct Gate {
     GateKind kind;
     bool deviation;
-    std::vector<float> embed_weight, embed_bias, proj_weight, proj_bias;
+    LinearMap embed;
+    LinearMap project;           // of a feed-forward gate
+    std::vector<double> logits;  // of a constant one
   };
 
   int64_t decide_recurrent(const Gate& gate, const GateTask& task, const KernelTable& table) const;
@@ -48,7 +51,7 @@ class Gates {
   int64_t hidden_;
   std::vector<int32_t> choices_;
   std::vector<double> choice_bias_;
-  std::vector<float> weight_ih_, weight_hh_, bias_ih_, bias_hh_, proj_weight_, proj_bias_;
+  LinearMap input_, recurrent_, project_;  // of recurrent gates
 };
 
 }  // namespace dfs
