@@ -77,7 +77,9 @@ def test_the_network_reads_nothing_on_the_host_dry_run(device: torch.device) -> 
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", ["fast", "feedforward", "deviation", "constant", "float stream", "bottlenecks"]
+)
 def test_equals_the_engine_on_a_cpu(name: str, device: torch.device) -> None:
     model = make_model(**CONFIGURATIONS[name])
     expected, engine = freeze(model, SIZE), freeze(model, SIZE).to(device)
@@ -126,6 +128,16 @@ def test_what_is_not_finite_or_no_choice_spoils_only_itself(device: torch.device
     assert found.bits[2].tolist() == [0] * model.gated_blocks
     rest = [0, 3]
     assert torch.equal(found.logits[rest].cpu(), expected(images, 8).logits[rest])
+
+
+@needs_cuda
+def test_inference_mode_may_come_and_go(device: torch.device) -> None:
+    model, images = make_model(), random_images(5)
+    expected = freeze(model, SIZE)(images)
+    with torch.inference_mode():
+        engine = freeze(model, SIZE).to(device)
+        engine(images.to(device))
+    assert_same(engine(images.to(device)), expected)
 
 
 @needs_cuda
