@@ -37,6 +37,18 @@ template <int kC, int kR>
 struct BitSums {
   int32_t by_weight[3][kR][kC][4] = {};  // counts that weigh 1, 2 and 4
   int32_t codes[kR][4] = {};
+
+  // Only the first count is needed from then on: the others take no registers between slices.
+  DFS_DEVICE void gather() {
+    DFS_UNROLL for (int r = 0; r < kR; ++r) {
+      DFS_UNROLL for (int c = 0; c < kC; ++c) {
+        DFS_UNROLL for (int i = 0; i < 4; ++i) {
+          by_weight[0][r][c][i] += 2 * by_weight[1][r][c][i] + 4 * by_weight[2][r][c][i];
+          by_weight[1][r][c][i] = by_weight[2][r][c][i] = 0;
+        }
+      }
+    }
+  }
 };
 
 // A lane's weights and offsets of one step.
@@ -129,9 +141,10 @@ DFS_DEVICE void multiply_planes(BitSums<kC, kR>& sums, const uint32_t* fragments
     const BitStep<kC> last(fragments + step * kStepWords, offsets + step * kPlaneUnits);
     multiply_one_step<kC, kR>(sums, patch, pixels, last);
   }
+  sums.gather();
 }
 
-// Adds sum a (2q + 1) or sum a q to what is there.
+// Adds sum a (2q + 1) or sum a q of gathered counts to what is there.
 template <int kC, int kR>
 DFS_DEVICE void add_levels(const BitSums<kC, kR>& sums, bool centred, int32_t (&to)[kR][kC][4]) {
   DFS_UNROLL for (int r = 0; r < kR; ++r) {
@@ -139,8 +152,7 @@ DFS_DEVICE void add_levels(const BitSums<kC, kR>& sums, bool centred, int32_t (&
       const int32_t* pair = sums.codes[r] + i / 2 * 2;
       const int32_t codes = pair[0] + 2 * pair[1];
       DFS_UNROLL for (int c = 0; c < kC; ++c) {
-        const int32_t raised = sums.by_weight[0][r][c][i] + 2 * sums.by_weight[1][r][c][i] +
-                               4 * sums.by_weight[2][r][c][i];
+        const int32_t raised = sums.by_weight[0][r][c][i];
         to[r][c][i] += centred ? 2 * raised - 3 * codes : raised - 2 * codes;
       }
     }

@@ -87,7 +87,7 @@ DFS_HOST_DEVICE constexpr int packed_bytes(int channels, int bits) {
 // Which instance serves so many output channels: column tiles that stay idle cost as much.
 inline TileShape tile_shape(int outputs, bool planes = false) {
   if (outputs <= 16) return {2, planes ? 2 : 4};
-  if (outputs <= 32) return {4, planes ? 2 : 4};
+  if (outputs <= 32) return {4, planes ? 1 : 4};
   return {8, planes ? 1 : 2};
 }
 

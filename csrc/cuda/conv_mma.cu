@@ -604,7 +604,7 @@ void launch_mma(const ConvParams& params, Stream stream) {
   if (params.planes) {
     launch("conv_bits",
            column_tiles == 2   ? &conv_bits_kernel<2, 2>
-           : column_tiles == 4 ? &conv_bits_kernel<4, 2>
+           : column_tiles == 4 ? &conv_bits_kernel<4, 1>
                                : &conv_bits_kernel<8, 1>,
            plan.shape, plan.params, stream);
   } else if (column_tiles == 2) {
