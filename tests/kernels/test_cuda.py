@@ -271,11 +271,11 @@ def test_a_gated_block_is_three_launches() -> None:
         assert torch.equal(step.bits, expected_step.bits)
 
 
-def convolution_call(case: ConvCase) -> Callable[[], Tensor]:
+def convolution_call(case: ConvCase, backend: str = "cuda") -> Callable[[], Tensor]:
     arguments = build(case).arguments()
 
     def call() -> Tensor:
-        found = mixed_conv2d(**arguments, backend="cuda")
+        found = mixed_conv2d(**arguments, backend=backend)
         return found.data if isinstance(found, PackedActivation) else found
 
     return call
@@ -326,6 +326,7 @@ _SLICED = ConvCase(
     group_outputs=24, size=(9, 20), input_form="stream", residual_form="packed",
     output_form="fixed", relu=True,
 )  # fmt: skip
+_SLICED_BITS = replace(_SLICED, bits=(2,) * 4, group_channels=300, output_form="float")
 _FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 10))
 
 
@@ -334,6 +335,7 @@ _FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 1
     ("kernel", "make", "barriers"),
     [
         ("conv_mma", lambda: convolution_call(_SLICED), 8),
+        ("conv_bits", lambda: convolution_call(_SLICED_BITS, "cuda-bits"), 6),
         ("conv_float", lambda: convolution_call(_FLOAT), 9),
         ("input_gradient", input_gradient_call, 3 + 2),
         ("rnn_gate", gate_call, 7),
