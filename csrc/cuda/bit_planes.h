@@ -33,6 +33,24 @@ DFS_HOST_DEVICE uint32_t bit_plane(uint32_t first, uint32_t second, int plane) {
                     : ((first >> 1) & kEvenBits) | (second & ~kEvenBits);
 }
 
+// What a word of a lane's weights is. A load of four words has both planes of two column tiles; of
+// two steps that are multiplied at once, those of the first step's place have the even column tiles
+// of both steps, and those of the second's the odd ones: what an instruction takes together is
+// loaded together.
+struct PlaneWord {
+  int step;
+  int column_tile;
+  int plane;
+
+  DFS_HOST_DEVICE static PlaneWord of(int steps, int step, int lane_word) {
+    const int first = lane_word / 4 * 2;
+    const int word = lane_word % 4;
+    const int even_step = step - step % 2;
+    if (even_step + 1 == steps) return {step, first + word / 2, word % 2};
+    return {even_step + word % 2, first + step % 2, word / 2};
+  }
+};
+
 template <int kC, int kR>
 struct BitSums {
   int32_t by_weight[3][kR][kC][4] = {};  // counts that weigh 1, 2 and 4
@@ -51,19 +69,14 @@ struct BitSums {
   }
 };
 
-// A lane's weights and offsets of one step.
+// A lane's ones and offsets of one step.
 template <int kC>
 struct BitStep {
-  uint32_t planes[kC][2];
   uint32_t ones;
   int offsets[2];
 
   DFS_DEVICE BitStep(const uint32_t* step, const int32_t* step_offsets) {
     const int lane = thread_index() % 32;
-    DFS_UNROLL for (int c = 0; c < kC; c += 2) {
-      const Words4 two = *reinterpret_cast<const Words4*>(step + (c / 2 * 32 + lane) * 4);
-      DFS_UNROLL for (int i = 0; i < 4; ++i) planes[c + i / 2][i % 2] = two.word[i];
-    }
     ones = step[64 * kC + lane];
     const Words2 both = *reinterpret_cast<const Words2*>(step_offsets + lane % 4 * 2);
     DFS_UNROLL for (int i = 0; i < 2; ++i) offsets[i] = static_cast<int>(both.word[i]);
@@ -72,6 +85,19 @@ struct BitStep {
   // Those in the columns that count an activation's plane.
   DFS_DEVICE uint32_t ones_of(int plane) const {
     return thread_index() / 4 % 2 == plane ? ones : 0u;
+  }
+};
+
+// What a lane has of a step's weights: see PlaneWord.
+template <int kC>
+struct BitWeights {
+  Words4 load[kC / 2];
+
+  DFS_DEVICE explicit BitWeights(const uint32_t* step) {
+    const int lane = thread_index() % 32;
+    DFS_UNROLL for (int i = 0; i < kC / 2; ++i) {
+      load[i] = *reinterpret_cast<const Words4*>(step + (i * 32 + lane) * 4);
+    }
   }
 };
 
@@ -88,19 +114,24 @@ struct BitCodes {
   }
 };
 
-// Steps `low` and `high` at once.
+// A step and the next at once.
 template <int kC, int kR>
-DFS_DEVICE void multiply_two_steps(BitSums<kC, kR>& sums, const uint8_t* patch,
-                                   const int (&pixels)[kR][2], const BitStep<kC>& low,
-                                   const BitStep<kC>& high) {
+DFS_DEVICE void multiply_two_steps(BitSums<kC, kR>& sums, const uint32_t* words,
+                                   const uint8_t* patch, const int32_t* offsets,
+                                   const int (&pixels)[kR][2]) {
+  constexpr int kStepWords = 32 * (2 * kC + 1);
+  const BitStep<kC> low(words, offsets);
+  const BitStep<kC> high(words + kStepWords, offsets + kPlaneUnits);
+  const BitWeights<kC> weights[2] = {BitWeights<kC>(words), BitWeights<kC>(words + kStepWords)};
   DFS_UNROLL for (int r = 0; r < kR; ++r) {
     const BitCodes x(patch, pixels[r], low.offsets);
     const BitCodes y(patch, pixels[r], high.offsets);
     DFS_UNROLL for (int i = 0; i < 2; ++i) {
       const uint32_t a[4] = {x.plane[i][0], x.plane[i][1], y.plane[i][0], y.plane[i][1]};
       DFS_UNROLL for (int c = 0; c < kC; ++c) {
+        const Words4& w = weights[c % 2].load[c / 2];
         DFS_UNROLL for (int j = 0; j < 2; ++j) {
-          count_tile(sums.by_weight[i + j][r][c], a, low.planes[c][j], high.planes[c][j]);
+          count_tile(sums.by_weight[i + j][r][c], a, w.word[2 * j], w.word[2 * j + 1]);
         }
       }
       count_tile(sums.codes[r], a, low.ones_of(i), high.ones_of(i));
@@ -109,14 +140,18 @@ DFS_DEVICE void multiply_two_steps(BitSums<kC, kR>& sums, const uint8_t* patch,
 }
 
 template <int kC, int kR>
-DFS_DEVICE void multiply_one_step(BitSums<kC, kR>& sums, const uint8_t* patch,
-                                  const int (&pixels)[kR][2], const BitStep<kC>& step) {
+DFS_DEVICE void multiply_one_step(BitSums<kC, kR>& sums, const uint32_t* words,
+                                  const uint8_t* patch, const int32_t* offsets,
+                                  const int (&pixels)[kR][2]) {
+  const BitStep<kC> step(words, offsets);
+  const BitWeights<kC> weights(words);
   DFS_UNROLL for (int r = 0; r < kR; ++r) {
     const BitCodes x(patch, pixels[r], step.offsets);
     DFS_UNROLL for (int i = 0; i < 2; ++i) {
       DFS_UNROLL for (int c = 0; c < kC; ++c) {
+        const Words4& w = weights.load[c / 2];
         DFS_UNROLL for (int j = 0; j < 2; ++j) {
-          count_half_tile(sums.by_weight[i + j][r][c], x.plane[i], step.planes[c][j]);
+          count_half_tile(sums.by_weight[i + j][r][c], x.plane[i], w.word[c % 2 * 2 + j]);
         }
       }
       count_half_tile(sums.codes[r], x.plane[i], step.ones_of(i));
@@ -132,14 +167,12 @@ DFS_DEVICE void multiply_planes(BitSums<kC, kR>& sums, const uint32_t* fragments
   int step = 0;
   DFS_NO_UNROLL
   for (; step + 1 < steps; step += 2) {
-    const uint32_t* words = fragments + step * kStepWords;
-    const BitStep<kC> low(words, offsets + step * kPlaneUnits);
-    const BitStep<kC> high(words + kStepWords, offsets + (step + 1) * kPlaneUnits);
-    multiply_two_steps<kC, kR>(sums, patch, pixels, low, high);
+    multiply_two_steps<kC, kR>(sums, fragments + step * kStepWords, patch,
+                               offsets + step * kPlaneUnits, pixels);
   }
   if (step < steps) {
-    const BitStep<kC> last(fragments + step * kStepWords, offsets + step * kPlaneUnits);
-    multiply_one_step<kC, kR>(sums, patch, pixels, last);
+    multiply_one_step<kC, kR>(sums, fragments + step * kStepWords, patch,
+                              offsets + step * kPlaneUnits, pixels);
   }
   sums.gather();
 }

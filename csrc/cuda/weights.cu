@@ -87,15 +87,17 @@ DFS_DEVICE uint32_t raised_word(const RetileParams& p, int o, int slice, int uni
 // One plane of two units' weights, or their ones.
 DFS_DEVICE uint32_t plane_word(const RetileParams& p, int block, int slice, int step, int place) {
   const WeightTiles& t = p.tiles;
-  const bool is_ones = place >= 32 * t.lane_words();
-  const int lane = is_ones ? place % 32 : place / t.load_words() % 32;
-  const int first = plane_unit(step, lane % 4, 0);
-  const int second = plane_unit(step, lane % 4, 1);
-  if (is_ones) return bit_plane(channel_mask(p, slice, first), channel_mask(p, slice, second), 0);
+  if (place >= 32 * t.lane_words()) {
+    const int lane = place % 4;
+    return bit_plane(channel_mask(p, slice, plane_unit(step, lane, 0)),
+                     channel_mask(p, slice, plane_unit(step, lane, 1)), 0);
+  }
+  const int lane = place / t.load_words() % 32;
   const int lane_word = place / (32 * t.load_words()) * t.load_words() + place % t.load_words();
-  const int o = block * t.block_outputs() + lane_word / 2 * 8 + lane / 4;
-  return bit_plane(raised_word(p, o, slice, first), raised_word(p, o, slice, second),
-                   lane_word % 2);
+  const PlaneWord word = PlaneWord::of(t.steps_of(slice), step, lane_word);
+  const int o = block * t.block_outputs() + 8 * word.column_tile + lane / 4;
+  return bit_plane(raised_word(p, o, slice, plane_unit(word.step, lane % 4, 0)),
+                   raised_word(p, o, slice, plane_unit(word.step, lane % 4, 1)), word.plane);
 }
 
 DFS_KERNEL(kThreads, 4)
