@@ -1,9 +1,10 @@
 // How the tensor-core convolution lays out its operands. Plain arithmetic, the same on both sides.
 //
 // One multiply_tile() takes 16 pixels x 32 products and 32 products x 8 output channels, all of 8
-// bits: GPUs from 9.0 on have no narrower tensor cores, so that 2 and 4 bits save bytes, not
-// products. The order of the products is free as long as both operands share it. So a lane takes
-// codes as they lie in memory, one *unit* at a time, and unpacks both operands alike:
+// bits: GPUs from 9.0 on have no narrower tensor cores, but for single bits, so that 2 and 4 bits
+// save bytes, not products. (bit_planes.h has another way for 2 bits.) The order of the products is
+// free as long as both operands share it. So a lane takes codes as they lie in memory, one *unit*
+// at a time, and unpacks both operands alike:
 //
 //   bits  unit      codes  what an unpacked register holds, of codes 0, 1, ...     multiplications
 //   8     2 words    8     a word, as it is                                       1 per unit
@@ -164,8 +165,8 @@ DFS_HOST_DEVICE int plane_unit(int step, int lane, int half) {
 
 // What the tensor cores do for 16 pixels and a block's outputs, counted in multiplications of 32
 // products of 8 bits, or of 256 of one bit, which take as long on an A100: 624 and 4992 tera
-// operations a second. As bit planes, each step takes half of one for four products and for the sum
-// of the codes, two planes. Of 2-bit samples:
+// operations a second. NVIDIA gives none of single bits for an H100. As bit planes, each step takes
+// half of one for four products and for the sum of the codes, two planes. Of 2-bit samples:
 //   layer         bytes   bit planes
 //   16x32x32        10      10
 //   32x16x16        36      27

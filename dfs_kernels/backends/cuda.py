@@ -90,9 +90,6 @@ def info() -> dict[str, Any]:
     }
 
 
-# `planes`, here and below: samples of 2 bits are multiplied as bit planes. See cuda_bits.py.
-
-
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     channels = codes.shape[-1]
@@ -141,7 +138,11 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out
 
 
 def tile_variant(planes: bool = False) -> str:
-    """The version of the layout that the tensor cores are fed from."""
+    """The version of the layout that the tensor cores are fed from.
+
+    Args:
+        planes: here and below, samples of 2 bits are multiplied as bit planes: see cuda_bits.py.
+    """
     return f"cuda/{_cuda.tile_version}{'/planes' if planes else ''}"
 
 
