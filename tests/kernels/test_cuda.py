@@ -148,6 +148,30 @@ def test_tiles_of_bit_planes() -> None:
     assert cuda_bits.tile_variant() != cuda.tile_variant()
 
 
+@emulated
+def test_a_layer_that_bit_planes_do_not_fit_is_multiplied_as_bytes() -> None:
+    """Their ones and offsets take room in shared memory beside the weights."""
+    case = ConvCase(
+        bits=(2, 8),
+        options=(2, 8),
+        centred=(True, False),
+        group_channels=64,
+        group_outputs=8,
+        kernel=(17, 17),
+        padding=(8, 8, 8, 8),
+        size=(4, 5),
+        input_form="packed",
+    )
+    geometry = case.geometry
+    assert cuda_bits.tile_bytes(geometry, (2,), (True,)) == cuda.tile_bytes(geometry, (2,), (True,))
+    built = build(case)
+    cuda._cuda.take_launches()
+    assert_matches_reference(built, "cuda-bits")
+    launches = cuda._cuda.take_launches()
+    assert "conv_mma" in launches
+    assert "conv_bits" not in launches
+
+
 def test_a_gpu_without_1_bit_tensor_cores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(cuda, "is_emulated", lambda: False)
