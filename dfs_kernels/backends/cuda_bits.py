@@ -1,6 +1,7 @@
 """The backend "cuda" but for samples of 2 bits, multiplied as bit planes on 1-bit tensor cores.
 
-csrc/cuda/bit_planes.h says how. A candidate: calls that ask for no backend take it only where the
+csrc/cuda/bit_planes.h says how. These samples have a launch of their own, so a convolution that
+offers other widths too takes one more. A candidate: calls that ask for no backend take it only where the
 table of what measured faster on their GPU names it.
 """
 
