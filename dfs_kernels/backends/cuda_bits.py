@@ -1,8 +1,10 @@
 """The backend "cuda" but for samples of 2 bits, multiplied as bit planes on 1-bit tensor cores.
 
 csrc/cuda/bit_planes.h says how. These samples have a launch of their own, so a convolution that
-offers other widths too takes one more. A candidate: calls that ask for no backend take it only where the
-table of what measured faster on their GPU names it.
+offers other widths too takes one more.
+
+A candidate: calls that ask for no backend take it only where the table of what measured faster on
+their GPU names it.
 """
 
 from __future__ import annotations
