@@ -19,7 +19,7 @@ from dfs_kernels.backends.measured import BackendTable, ConvProblem
 from dfs_kernels.geometry import ConvGeometry
 
 # Forms of a call that a network in evaluation makes, at integer widths; each counts alike.
-_FORMS = (
+FORMS = (
     "8",
     "4",
     "2",
@@ -37,6 +37,8 @@ def candidate(
 ) -> BackendTable | None:
     """The mean seconds of both backends over the forms that both were timed at.
 
+    A candidate beside them counts where it was timed at all of these.
+
     Args:
         points: of a results file, see :mod:`bench.gpu.results`.
 
@@ -44,16 +46,18 @@ def candidate(
         None where no layer was timed on both.
     """
     times: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    known = (*measured.BACKENDS, *measured.CANDIDATES)
     for point in points:
         backend, _, form = point["contestant"].partition("_")
-        if backend in measured.BACKENDS and form in _FORMS and point["layer"] in _LAYERS:
+        if backend in known and form in FORMS and point["layer"] in _LAYERS:
             here = times.setdefault((point["layer"], point["batch"]), {})
             here.setdefault(form, {})[backend] = point["seconds"]
     seconds: dict[str, dict[int, dict[str, float]]] = {}
     for (layer, batch), forms in times.items():
-        both = [found for found in forms.values() if len(found) == len(measured.BACKENDS)]
+        both = [found for found in forms.values() if found.keys() >= set(measured.BACKENDS)]
         if both:
-            means = {name: mean(found[name] for found in both) for name in measured.BACKENDS}
+            timed = [name for name in known if all(name in found for found in both)]
+            means = {name: mean(found[name] for found in both) for name in timed}
             seconds.setdefault(_key(_LAYERS[layer]), {})[batch] = means
     return BackendTable(device, source, seconds) if seconds else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bench.gpu.backend_table import FORMS as TABLE_FORMS
+from bench.gpu.backends import gpu_candidates
 from bench.gpu.ours import FORMS, implementations
 from bench.gpu.peers import PEERS
 from bench.gpu.prepared import GpuPrepared, to_run
@@ -19,7 +21,7 @@ _OURS = {
     ours(form, implementation): (form, implementation)
     for form in FORMS
     for implementation in implementations()
-}
+} | {ours(form, name): (form, name) for form in TABLE_FORMS for name in gpu_candidates()}
 
 
 def labels() -> dict[str, str]:
@@ -38,7 +40,7 @@ def names_for(layer: Layer, batch: int) -> list[str]:
         for name, (form, how) in _OURS.items()
         if batch >= FORMS[form].smallest_batch
         and (batch == layer.batches[0] or not FORMS[form].largest_batch_only)
-        and (FORMS[form].in_buckets or how in implementations(buckets=False))
+        and (FORMS[form].in_buckets or how in (*implementations(buckets=False), *gpu_candidates()))
     ]
     return [*own, *_PEERS]
 

@@ -1,9 +1,10 @@
 // How the tensor-core convolution lays out its operands. Plain arithmetic, the same on both sides.
 //
 // One multiply_tile() takes 16 pixels x 32 products and 32 products x 8 output channels, all of 8
-// bits: GPUs from 9.0 on have no narrower tensor cores, so that 2 and 4 bits save bytes, not
-// products. The order of the products is free as long as both operands share it. So a lane takes
-// codes as they lie in memory, one *unit* at a time, and unpacks both operands alike:
+// bits: GPUs from 9.0 on have no narrower tensor cores, but for single bits, so that 2 and 4 bits
+// save bytes, not products. (bit_planes.h has another way for 2 bits.) The order of the products is
+// free as long as both operands share it. So a lane takes codes as they lie in memory, one *unit*
+// at a time, and unpacks both operands alike:
 //
 //   bits  unit      codes  what an unpacked register holds, of codes 0, 1, ...     multiplications
 //   8     2 words    8     a word, as it is                                       1 per unit
@@ -85,11 +86,14 @@ DFS_HOST_DEVICE constexpr int packed_bytes(int channels, int bits) {
 }
 
 // Which instance serves so many output channels: column tiles that stay idle cost as much.
-inline TileShape tile_shape(int outputs) {
-  if (outputs <= 16) return {2, 4};
-  if (outputs <= 32) return {4, 4};
-  return {8, 2};
+inline TileShape tile_shape(int outputs, bool planes = false) {
+  if (outputs <= 16) return {2, planes ? 2 : 4};
+  if (outputs <= 32) return {4, planes ? 1 : 4};
+  return {8, planes ? 1 : 2};
 }
+
+// Units of a step where 2-bit codes are multiplied as bit planes: two for each lane.
+constexpr int kPlaneUnits = 8;
 
 // The weights of a layer at one width: for each block of output channels and slice of input
 // channels the fragments in the order in which lanes load them, before all of these the sums of the
@@ -101,6 +105,7 @@ struct WeightTiles {
   int taps = 0;
   int column_tiles = 0;
   int slice_bytes = 0;  // of a pixel
+  bool planes = false;  // at 2 bits: bit planes instead of codes, and ones beside them
 
   DFS_HOST_DEVICE int block_outputs() const { return 8 * column_tiles; }
   DFS_HOST_DEVICE int blocks() const { return divide_up(outputs, block_outputs()); }
@@ -113,11 +118,16 @@ struct WeightTiles {
   DFS_HOST_DEVICE int units_of(int slice) const {
     return divide_up(channels_of(slice), unit_codes(bits));
   }
-  DFS_HOST_DEVICE int steps_of(int slice) const { return divide_up(taps * units_of(slice), 4); }
+  DFS_HOST_DEVICE int step_units() const { return planes ? kPlaneUnits : 4; }
+  DFS_HOST_DEVICE int steps_of(int slice) const {
+    return divide_up(taps * units_of(slice), step_units());
+  }
+  // Of one column tile.
+  DFS_HOST_DEVICE int column_words() const { return planes ? 2 : unit_words(bits); }
   // What a lane loads in a step, in pieces of a whole load each.
-  DFS_HOST_DEVICE int lane_words() const { return column_tiles * unit_words(bits); }
+  DFS_HOST_DEVICE int lane_words() const { return column_tiles * column_words(); }
   DFS_HOST_DEVICE int load_words() const { return least(lane_words(), 4); }
-  DFS_HOST_DEVICE int step_words() const { return 32 * lane_words(); }
+  DFS_HOST_DEVICE int step_words() const { return 32 * (lane_words() + (planes ? 1 : 0)); }
   DFS_HOST_DEVICE int slice_words(int slice) const { return steps_of(slice) * step_words(); }
   // Slices before the last one are of one size.
   DFS_HOST_DEVICE int64_t block_words() const {
@@ -145,6 +155,38 @@ DFS_HOST_DEVICE bool is_half_step(int bits, int units, int step) {
 DFS_HOST_DEVICE Unit unit_of(int bits, int units, int step, int lane) {
   if (is_half_step(bits, units, step)) return {4 * step + lane / 2, lane % 2};
   return {4 * step + lane, 0};
+}
+
+// The same for bit planes, where a lane has two units in a step: those of one load lie side by
+// side.
+DFS_HOST_DEVICE int plane_unit(int step, int lane, int half) {
+  return kPlaneUnits * step + 4 * half + lane;
+}
+
+// What the tensor cores do for 16 pixels and a block's outputs, counted in multiplications of 32
+// products of 8 bits, or of 256 of one bit, which take as long on an A100: 624 and 4992 tera
+// operations a second. NVIDIA gives none of single bits for an H100. As bit planes, each step takes
+// half of one for four products and for the sum of the codes, two planes. Of 2-bit samples:
+//   layer         bytes   bit planes
+//   16x32x32        10      10
+//   32x16x16        36      27
+//   64x8x8         144      85
+//   64x56x56       144      85
+//   128x28x28      288     153
+//   256x14x14      576     306
+DFS_HOST_DEVICE double multiplications(const WeightTiles& tiles) {
+  double count = 0;
+  for (int slice = 0; slice < tiles.slices(); ++slice) {
+    const int steps = tiles.steps_of(slice);
+    if (tiles.planes) {
+      count += 0.5 * steps * (4 * tiles.column_tiles + 2);
+      continue;
+    }
+    const int units = tiles.taps * tiles.units_of(slice);
+    const bool half = units % 4 != 0 && is_half_step(tiles.bits, units, steps - 1);
+    count += ((tiles.bits == 2 ? 2 : 1) * steps - (half ? 1 : 0)) * tiles.column_tiles;
+  }
+  return count;
 }
 
 // Bytes from a pixel to the next in shared memory: those that a quarter warp reads of neighbouring

@@ -10,6 +10,7 @@
 // or 4 bytes to load and store at once, whatever the tensor cores' order. Several blocks share a
 // multiprocessor, and one computes while another waits for its copies: staging in two halves would
 // take the shared memory that these need.
+#include "bit_planes.h"
 #include "conv_mma.h"
 #include "epilogue.h"
 #include "stage.h"
@@ -37,7 +38,7 @@ DFS_HOST_DEVICE SharedLayout shared_layout(const WeightTiles& tiles, int patch_p
   SharedLayout layout;
   layout.scalings = 0;
   layout.offsets = layout.sums = tiles.block_outputs() * 12;
-  layout.lookup = layout.offsets + tiles.steps_of(0) * 16;
+  layout.lookup = layout.offsets + tiles.steps_of(0) * tiles.step_units() * 4;
   layout.weights = layout.lookup + kLookupBytes;
   layout.patch = layout.weights + tiles.slice_words(0) * 4;
   const int patch_bytes = patch_pixels * pixel_stride(tiles.bits, tiles.units_of(0));
@@ -181,8 +182,10 @@ DFS_DEVICE void fill_offsets(const ConvParams& p, const WeightTiles& tiles, int 
   const int units = tiles.units_of(slice);
   const int dilation_h = p.kernel_h == 1 ? 0 : p.dilation_h;
   const int dilation_w = p.kernel_w == 1 ? 0 : p.dilation_w;
-  for (int i = thread_index(); i < 4 * tiles.steps_of(slice); i += block_threads()) {
-    const int unit = unit_of(tiles.bits, units * tiles.taps, i / 4, i % 4).index;
+  for (int i = thread_index(); i < tiles.step_units() * tiles.steps_of(slice);
+       i += block_threads()) {
+    const int unit = tiles.planes ? plane_unit(i / kPlaneUnits, i / 2 % 4, i % 2)
+                                  : unit_of(tiles.bits, units * tiles.taps, i / 4, i % 4).index;
     const int tap = unit / units;
     int offset = 0;
     if (tap < tiles.taps) {
@@ -194,9 +197,9 @@ DFS_DEVICE void fill_offsets(const ConvParams& p, const WeightTiles& tiles, int 
   }
 }
 
-// Sums are those of shifted weights.
-DFS_DEVICE int sum_shift(const ConvParams& p, const BlockTask& task) {
-  if (task.bits == 8) return 0;
+// Sums are those of shifted weights, but not of bit planes.
+DFS_DEVICE int sum_shift(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles) {
+  if (task.bits == 8 || tiles.planes) return 0;
   return (task.bits == 4 ? 4 : 6) - (p.centred[task.slot] ? 1 : 0);
 }
 
@@ -218,7 +221,7 @@ DFS_DEVICE void fill_scalings(const ConvParams& p, const BlockTask& task, const 
     affines[i] = o < tiles.outputs ? affine_of(p, task.slot, step.scale, o) : Affine{0.0f, 0.0f};
     const uint32_t level_sum = o < tiles.outputs ? static_cast<uint32_t>(level_sums[o]) : 0u;
     const uint32_t zeros = level_sum * static_cast<uint32_t>(step.zero_point);
-    starts[i] = raise - (zeros << sum_shift(p, task));
+    starts[i] = raise - (zeros << sum_shift(p, task, tiles));
   }
 }
 
@@ -268,7 +271,7 @@ struct TilePlace {
 DFS_DEVICE void finish_tile(const ConvParams& p, const BlockTask& task, const WeightTiles& tiles,
                             const TilePlace& tile, const int32_t* sums, const Affine* affines) {
   constexpr int kRun = 16;
-  const int shift = sum_shift(p, task);
+  const int shift = sum_shift(p, task, tiles);
   const bool small = has_small_sums(tiles);
   // 2^-shift, and the same of kRounder: exact, both.
   const float unit = bits_to_float(static_cast<uint32_t>(127 - shift) << 23);
@@ -323,10 +326,16 @@ DFS_DEVICE void stage_slice(const ConvParams& p, const BlockTask& task, const We
                pixel_stride(task.bits, tiles.units_of(0)));
 }
 
-template <int kC, int kR>
+// `kPlanes`: 2-bit samples only.
+template <int kC, int kR, bool kPlanes>
 DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
-  const WeightTiles tiles{task.bits, p.output.channels, p.input.channels, p.taps(),
-                          kC,        p.slice_bytes};
+  const WeightTiles tiles{kPlanes ? 2 : task.bits,
+                          p.output.channels,
+                          p.input.channels,
+                          p.taps(),
+                          kC,
+                          p.slice_bytes,
+                          kPlanes};
   const SharedLayout layout = shared_layout(tiles, p.patch_h * p.patch_w, p.tile_h * p.tile_w);
   uint8_t* shared = shared_memory();
   auto* affines = reinterpret_cast<Affine*>(shared + layout.scalings);
@@ -358,7 +367,8 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
   }
 
   Sums<kC, kR> sums;
-  start_sums(starts, sums);
+  BitSums<kPlanes ? kC : 1, kPlanes ? kR : 1> bit_sums;
+  if constexpr (!kPlanes) start_sums(starts, sums);
   const bool centred = p.centred[task.slot];
   const uint32_t half_step = !centred ? 0u : task.bits == 4 ? 0x08080808u : 0x20202020u;
   const auto* words = static_cast<const uint32_t*>(p.tiles[task.slot]);
@@ -371,7 +381,9 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
     wait_for_copies();
     sync_block();
     const int units = tiles.units_of(slice) * tiles.taps;
-    if (task.bits == 8) {
+    if constexpr (kPlanes) {
+      multiply_planes<kC, kR>(bit_sums, fragments, patch, offsets, pixels, tiles.steps_of(slice));
+    } else if (task.bits == 8) {
       multiply_slice<8, kC, kR>(sums, fragments, patch, offsets, pixels, units, half_step);
     } else if (task.bits == 4) {
       multiply_slice<4, kC, kR>(sums, fragments, patch, offsets, pixels, units, half_step);
@@ -380,6 +392,10 @@ DFS_DEVICE void convolve(const ConvParams& p, const BlockTask& task) {
     }
   }
 
+  if constexpr (kPlanes) {
+    start_sums(starts, sums);
+    add_levels<kC, kR>(bit_sums, centred, sums.at);
+  }
   sync_block();
   auto* stored = reinterpret_cast<int32_t*>(shared + layout.sums);
   store_sums(p, sums, sum_stride(tiles), stored);
@@ -400,7 +416,16 @@ DFS_KERNEL(32 * kConvWarps, kC == 2 ? kNarrowBlocks : 3)
 conv_mma_kernel(DFS_PARAMS(ConvParams) p) {
   const BlockTask task = block_task(p);
   if (is_rest(p, task)) return;
-  convolve<kC, kR>(p, task);
+  convolve<kC, kR, false>(p, task);
+}
+
+// Three counts for each output leave no room for more.
+template <int kC, int kR>
+DFS_KERNEL(32 * kConvWarps, 3)
+conv_bits_kernel(DFS_PARAMS(ConvParams) p) {
+  const BlockTask task = block_task(p);
+  if (is_rest(p, task)) return;
+  convolve<kC, kR, true>(p, task);
 }
 
 // Of the widest operands that a layer may have.
@@ -441,8 +466,8 @@ int shared_bytes(const ConvParams& p, int tile_h, int tile_w) {
   int bytes = 0;
   for (int slot = 0; slot < 3; ++slot) {
     if (!p.serves[slot]) continue;
-    const WeightTiles tiles{bits_of(slot), p.output.channels, p.input.channels,
-                            p.taps(),      columns,           p.slice_bytes};
+    const WeightTiles tiles{bits_of(slot), p.output.channels, p.input.channels, p.taps(),
+                            columns,       p.slice_bytes,     p.planes};
     const int needed = shared_layout(tiles, patch_pixels, tile_h * tile_w).end;
     bytes = needed > bytes ? needed : bytes;
   }
@@ -454,7 +479,8 @@ int shared_bytes(const ConvParams& p, int tile_h, int tile_w) {
 // chooses between tiles.
 double tile_cost(const ConvParams& p, int tile_h, int tile_w) {
   const int64_t tiles = ceil_div(p.output.height, tile_h) * ceil_div(p.output.width, tile_w);
-  const double pixels = round_up(tile_h * tile_w, 16 * tile_shape(p.output.channels).row_tiles);
+  const TileShape shape = tile_shape(p.output.channels, p.planes);
+  const double pixels = round_up(tile_h * tile_w, 16 * shape.row_tiles);
   const double staged = patch_size(p, tile_h, tile_w).pixels();
   return static_cast<double>(tiles) * (pixels + (can_be_even(p, tile_w) ? 0.1 : 0.33) * staged);
 }
@@ -505,27 +531,9 @@ int slice_bytes(int taps, int outputs) {
   return bytes;
 }
 
-bool takes_mma(const ConvGeometry& g, int bits, bool centred) {
-  if (g.groups != 1 || bits == 32 || (bits == 8 && centred)) return false;
-  // The sums of shifted weights.
-  const int64_t products = g.in_channels * g.kernel_h * g.kernel_w;
-  const int64_t largest = bits == 8 ? 1 : (int64_t{1} << bits) - 1;
-  if (products > 0x7fffffff / (largest * 128)) return false;
-  // With the columns that even rows may add.
-  const int64_t patch =
-      ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 7);
-  const int64_t taps = g.kernel_h * g.kernel_w;
-  if (patch > kMaxSharedBytes || taps > 1024) return false;
-  const int outputs = static_cast<int>(g.out_channels);
-  const int slice = slice_bytes(static_cast<int>(taps), outputs);
-  const int columns = tile_shape(outputs).column_tiles;
-  const int channels = static_cast<int>(g.in_channels);
-  const WeightTiles tiles{bits, outputs, channels, static_cast<int>(taps), columns, slice};
-  const int64_t fixed = shared_layout(tiles, 0, 1).end;
-  return fixed + patch * widest_stride(channels, slice) <= kMaxSharedBytes;
-}
+namespace {
 
-WeightTiles weight_tiles(const ConvGeometry& g, int bits) {
+WeightTiles make_tiles(const ConvGeometry& g, int bits, bool planes) {
   const int taps = static_cast<int>(g.kernel_h * g.kernel_w);
   const int outputs = static_cast<int>(g.out_channels);
   return {bits,
@@ -533,11 +541,42 @@ WeightTiles weight_tiles(const ConvGeometry& g, int bits) {
           static_cast<int>(g.in_channels),
           taps,
           tile_shape(outputs).column_tiles,
-          slice_bytes(taps, outputs)};
+          slice_bytes(taps, outputs),
+          planes};
+}
+
+// Whether the smallest tile fits into shared memory.
+bool fits(const ConvGeometry& g, int bits, bool planes) {
+  // With the columns that even rows may add.
+  const int64_t patch =
+      ((g.kernel_h - 1) * g.dilation_h + 1) * ((g.kernel_w - 1) * g.dilation_w + 7);
+  if (patch > kMaxSharedBytes || g.kernel_h * g.kernel_w > 1024) return false;
+  const WeightTiles tiles = make_tiles(g, bits, planes);
+  const int64_t fixed = shared_layout(tiles, 0, 1).end;
+  return fixed + patch * widest_stride(tiles.channels, tiles.slice_bytes) <= kMaxSharedBytes;
+}
+
+}  // namespace
+
+bool takes_mma(const ConvGeometry& g, int bits, bool centred) {
+  if (g.groups != 1 || bits == 32 || (bits == 8 && centred)) return false;
+  // The sums of shifted weights.
+  const int64_t products = g.in_channels * g.kernel_h * g.kernel_w;
+  const int64_t largest = bits == 8 ? 1 : (int64_t{1} << bits) - 1;
+  if (products > 0x7fffffff / (largest * 128)) return false;
+  return fits(g, bits, false);
+}
+
+bool takes_planes(const ConvGeometry& g, bool centred) {
+  return takes_mma(g, 2, centred) && fits(g, 2, true);
+}
+
+WeightTiles weight_tiles(const ConvGeometry& g, int bits, bool centred, bool planes) {
+  return make_tiles(g, bits, planes && bits == 2 && takes_planes(g, centred));
 }
 
 MmaPlan plan_mma(ConvParams p) {
-  const TileShape tile = tile_shape(p.output.channels);
+  const TileShape tile = tile_shape(p.output.channels, p.planes);
   p.slice_bytes = slice_bytes(p.taps(), p.output.channels);
   choose_tile(p, 16 * tile.row_tiles * kConvWarps);
   const PatchSize patch = patch_size(p, p.tile_h, p.tile_w);
@@ -562,7 +601,13 @@ MmaPlan plan_mma(ConvParams p) {
 void launch_mma(const ConvParams& params, Stream stream) {
   const MmaPlan plan = plan_mma(params);
   const int column_tiles = tile_shape(params.output.channels).column_tiles;
-  if (column_tiles == 2) {
+  if (params.planes) {
+    launch("conv_bits",
+           column_tiles == 2   ? &conv_bits_kernel<2, 2>
+           : column_tiles == 4 ? &conv_bits_kernel<4, 1>
+                               : &conv_bits_kernel<8, 1>,
+           plan.shape, plan.params, stream);
+  } else if (column_tiles == 2) {
     launch("conv_mma", &conv_mma_kernel<2, 4>, plan.shape, plan.params, stream);
   } else if (column_tiles == 4) {
     launch("conv_mma", &conv_mma_kernel<4, 4>, plan.shape, plan.params, stream);

@@ -18,8 +18,11 @@ constexpr int kEnoughBlocks = 264;
 // Whether the tensor-core kernel has this layer at this width; the general one has all.
 bool takes_mma(const ConvGeometry& geometry, int bits, bool centred);
 
-// How its weights are laid out then.
-WeightTiles weight_tiles(const ConvGeometry& geometry, int bits);
+// Whether it can multiply 2-bit samples as bit planes, too: they take other tiles.
+bool takes_planes(const ConvGeometry& geometry, bool centred);
+
+// How its weights are laid out then, `planes` where that is asked for and can be.
+WeightTiles weight_tiles(const ConvGeometry& geometry, int bits, bool centred, bool planes);
 
 // Bytes of a pixel that are staged at a time.
 int slice_bytes(int taps, int outputs);

@@ -52,6 +52,7 @@ struct ConvParams : Geometry {
   int pixel_step_h = 0;  // rows of the patch from one output row to the next
   int pixel_step_w = 0;
   int slice_bytes = 0;
+  bool planes = false;  // this launch multiplies bit planes
 
   DFS_HOST_DEVICE int group_channels() const { return input.channels / groups; }
   DFS_HOST_DEVICE int group_outputs() const { return output.channels / groups; }

@@ -37,13 +37,15 @@ void quantize_weight(const float* weight, int64_t out_channels, int64_t kernel_h
 constexpr int kTileVersion = 1;
 
 // Canonical weights -> the layout of the tensor-core kernel. 0 bytes: the layer takes another one
-// at this width, which reads canonical weights.
-size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred);
+// at this width, which reads canonical weights. `planes`: at 2 bits, as bit planes, for
+// `ConvWeight::planes`; nothing changes where a layer can't have them.
+size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred, bool planes = false);
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,
-                   void* tile, Stream stream);
+                   void* tile, Stream stream, bool planes = false);
 
 // `args.weight.tiles` holds tiles, aligned to 16 bytes, or canonical weights where tile_bytes is 0,
-// float32 (O, KH, KW, C/groups) at 32 bits. At most three launches: tensor cores, general, float32.
+// float32 (O, KH, KW, C/groups) at 32 bits. At most four launches: tensor cores, these on bit
+// planes, general, float32.
 void mixed_conv2d(const MixedConv2dArgs& args, Stream stream);
 
 // Gradients of a mixed convolution with float weights, or packed ones, where gradients of the

@@ -88,8 +88,29 @@ DFS_DEVICE void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same for 16 x 8 outputs and 8 products each, of floats that are rounded to TF32. The order of
-// the sums is the hardware's, the same each time. A lane holds:
+// The same for 256 products of bits each: c += the number of bits set in both. A lane holds:
+//   a[0], a[2]: row g, columns 32t.. and 128 + 32t..;   a[1], a[3]: the same of row g + 8
+//   b0, b1:     column g, rows 32t.. and 128 + 32t..
+//   c: as above
+DFS_DEVICE void count_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Its first half: 128 products, of a[0], a[1] and b0.
+DFS_DEVICE void count_half_tile(int32_t (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// As multiply_tile() for 16 x 8 outputs and 8 products each, of floats that are rounded to TF32.
+// The order of the sums is the hardware's, the same each time. A lane holds:
 //   a[0], a[2]: row g, columns t and t + 4;   a[1], a[3]: the same of row g + 8
 //   b0, b1:     column g, rows t and t + 4
 //   c: as above

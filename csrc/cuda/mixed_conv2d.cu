@@ -60,10 +60,11 @@ ConvParams make_params(const MixedConv2dArgs& args) {
   return p;
 }
 
-enum class Path { kMma, kGeneral, kFloat };
+enum class Path { kMma, kBits, kGeneral, kFloat };
 
-Path path_of(const ConvGeometry& g, int slot, bool centred) {
+Path path_of(const ConvGeometry& g, int slot, bool centred, bool planes) {
   if (slot == 3) return takes_float(g) ? Path::kFloat : Path::kGeneral;
+  if (slot == 0 && planes && takes_planes(g, centred)) return Path::kBits;
   return takes_mma(g, bits_of(slot), centred) ? Path::kMma : Path::kGeneral;
 }
 
@@ -81,21 +82,23 @@ void mixed_conv2d(const MixedConv2dArgs& args, Stream stream) {
   if (args.batch == 0) return;
   const ConvParams params = make_params(args);
   bool rest = true;  // the first launch serves skipped and unknown samples too
-  for (const Path path : {Path::kMma, Path::kGeneral, Path::kFloat}) {
+  for (const Path path : {Path::kMma, Path::kBits, Path::kGeneral, Path::kFloat}) {
     ConvParams p = params;
+    p.planes = path == Path::kBits;
+    const bool tiled = path == Path::kMma || path == Path::kBits;
     bool any = false;
     for (int slot = 0; slot < kSlots; ++slot) {
       if (!p.offered[slot]) continue;
-      p.serves[slot] = path_of(args.geometry, slot, p.centred[slot]) == path;
+      p.serves[slot] = path_of(args.geometry, slot, p.centred[slot], args.weight.planes) == path;
       any |= p.serves[slot];
-      if (p.serves[slot] && path == Path::kMma && !is_aligned(p.tiles[slot], 16)) {
+      if (p.serves[slot] && tiled && !is_aligned(p.tiles[slot], 16)) {
         reject("weight: tiles must be aligned to 16 bytes");
       }
     }
     if (!any) continue;
     p.serves_rest = rest;
     rest = false;
-    if (path == Path::kMma) {
+    if (tiled) {
       launch_mma(p, stream);
     } else if (path == Path::kGeneral) {
       launch_general(p, stream);

@@ -1,4 +1,5 @@
 // Weights: floats to canonical codes, and these to the fragments of the tensor-core kernel.
+#include "bit_planes.h"
 #include "codes.h"
 #include "conv_layout.h"
 #include "conv_mma.h"
@@ -68,6 +69,37 @@ DFS_DEVICE uint32_t fragment_word(const RetileParams& p, int o, int slice, int u
   return start < row_bytes ? load_bytes(row + start, least(4, row_bytes - start)) : 0u;
 }
 
+// The bits of one unit's word that there are channels for.
+DFS_DEVICE uint32_t channel_mask(const RetileParams& p, int slice, int unit) {
+  const WeightTiles& t = p.tiles;
+  const int units = t.units_of(slice);
+  if (unit / units >= t.taps) return 0;
+  const int used = 2 * (t.channels_of(slice) - unit % units * unit_codes(2));
+  return used >= 32 ? ~0u : (1u << used) - 1u;
+}
+
+// The codes of a unit, raised from -2..1 to 0..3.
+DFS_DEVICE uint32_t raised_word(const RetileParams& p, int o, int slice, int unit) {
+  const uint32_t sign_bits = ~kEvenBits;
+  return (fragment_word(p, o, slice, unit, 0) ^ sign_bits) & channel_mask(p, slice, unit);
+}
+
+// One plane of two units' weights, or their ones.
+DFS_DEVICE uint32_t plane_word(const RetileParams& p, int block, int slice, int step, int place) {
+  const WeightTiles& t = p.tiles;
+  if (place >= 32 * t.lane_words()) {
+    const int lane = place % 4;
+    return bit_plane(channel_mask(p, slice, plane_unit(step, lane, 0)),
+                     channel_mask(p, slice, plane_unit(step, lane, 1)), 0);
+  }
+  const int lane = place / t.load_words() % 32;
+  const int lane_word = place / (32 * t.load_words()) * t.load_words() + place % t.load_words();
+  const PlaneWord word = PlaneWord::of(t.steps_of(slice), step, lane_word);
+  const int o = block * t.block_outputs() + 8 * word.column_tile + lane / 4;
+  return bit_plane(raised_word(p, o, slice, plane_unit(word.step, lane % 4, 0)),
+                   raised_word(p, o, slice, plane_unit(word.step, lane % 4, 1)), word.plane);
+}
+
 DFS_KERNEL(kThreads, 4)
 retile_weight_kernel(DFS_PARAMS(RetileParams) p) {
   const WeightTiles& t = p.tiles;
@@ -79,6 +111,10 @@ retile_weight_kernel(DFS_PARAMS(RetileParams) p) {
   rest -= static_cast<int64_t>(slice) * t.slice_words(0);
   const int step = static_cast<int>(rest / t.step_words());
   const int place = static_cast<int>(rest % t.step_words());
+  if (t.planes) {
+    p.tile[t.sum_words() + item] = plane_word(p, block, slice, step, place);
+    return;
+  }
   // [load][lane][word of the load]
   const int lane = place / t.load_words() % 32;
   const int lane_word = place / (32 * t.load_words()) * t.load_words() + place % t.load_words();
@@ -129,16 +165,16 @@ void quantize_weight(const float* weight, int64_t out_channels, int64_t kernel_h
          stream);
 }
 
-size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred) {
+size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred, bool planes) {
   if (!takes_mma(geometry, bits, centred)) return 0;
-  return static_cast<size_t>(weight_tiles(geometry, bits).words()) * 4;
+  return static_cast<size_t>(weight_tiles(geometry, bits, centred, planes).words()) * 4;
 }
 
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,
-                   void* tile, Stream stream) {
+                   void* tile, Stream stream, bool planes) {
   if (!takes_mma(geometry, bits, centred)) return;
   const RetileParams p{static_cast<const uint8_t*>(canonical), static_cast<uint32_t*>(tile),
-                       weight_tiles(geometry, bits), centred};
+                       weight_tiles(geometry, bits, centred, planes), centred};
   launch("sum_levels", &sum_levels_kernel, {p.tiles.sum_words(), 32, 0}, p, stream);
   const int64_t words = p.tiles.blocks() * p.tiles.block_words();
   launch("retile_weight", &retile_weight_kernel, {ceil_div(words, kThreads), kThreads, 0}, p,

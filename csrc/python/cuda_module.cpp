@@ -122,15 +122,17 @@ void bind_convolution(py::module_& module) {
       },
       "weight"_a, "out_channels"_a, "kernel_h"_a, "kernel_w"_a, "group_channels"_a, "scale"_a,
       "bits"_a, "centred"_a, "out"_a, "stream"_a, Unlocked());
-  module.def("tile_bytes", &dfs::cuda::tile_bytes, "geometry"_a, "bits"_a, "centred"_a);
+  module.def("tile_bytes", &dfs::cuda::tile_bytes, "geometry"_a, "bits"_a, "centred"_a,
+             "planes"_a = false);
   module.def(
       "retile_weight",
       [](const dfs::ConvGeometry& geometry, Address canonical, int32_t bits, bool centred,
-         Address out, Address stream) {
+         Address out, Address stream, bool planes) {
         dfs::cuda::retile_weight(geometry, pointer<const void>(canonical), bits, centred,
-                                 pointer<void>(out), stream_of(stream));
+                                 pointer<void>(out), stream_of(stream), planes);
       },
-      "geometry"_a, "canonical"_a, "bits"_a, "centred"_a, "out"_a, "stream"_a, Unlocked());
+      "geometry"_a, "canonical"_a, "bits"_a, "centred"_a, "out"_a, "stream"_a, "planes"_a = false,
+      Unlocked());
   module.def(
       "mixed_conv2d",
       [](const dfs::MixedConv2dArgs& args, Address stream) {

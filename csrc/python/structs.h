@@ -197,6 +197,7 @@ inline void bind_weight(py::module_& module) {
   def_centred(cls);
   def_pointer(cls, "scale", &ConvWeight::scale);
   def_pointers(cls, "tiles", &ConvWeight::tiles);
+  cls.def_readwrite("planes", &ConvWeight::planes);
 }
 
 inline void bind_mixed_conv2d(py::module_& module) {

@@ -34,7 +34,7 @@ ConvParams make_params(int64_t batch, int channels, int outputs, int height, int
 void check_plan(const ConvParams& given) {
   const MmaPlan plan = dfs::cuda::plan_mma(given);
   const ConvParams& p = plan.params;
-  const dfs::cuda::TileShape tile = dfs::cuda::tile_shape(p.output.channels);
+  const dfs::cuda::TileShape tile = dfs::cuda::tile_shape(p.output.channels, p.planes);
   const int pixels = p.tile_h * p.tile_w;
   const int warps = plan.shape.threads / 32;
   CHECK(p.tile_h >= 1 && p.tile_w >= 1, p.tile_h, "x", p.tile_w);
@@ -66,6 +66,41 @@ DFS_TEST(cuda_plans_cover_the_output_and_fit) {
         random.integer(1, 300), static_cast<int>(random.integer(1, 300)),
         static_cast<int>(random.integer(1, 200)), static_cast<int>(random.integer(1, 120)),
         static_cast<int>(random.integer(1, 300)), kernel, static_cast<int>(random.integer(1, 3))));
+  }
+}
+
+DFS_TEST(cuda_plans_of_bit_planes_cover_the_output_and_fit) {
+  Random random(seed());
+  for (int i = 0; i < case_count(1000); ++i) {
+    const int kernel = static_cast<int>(random.chance(0.3) ? 1 : random.integer(1, 5));
+    ConvParams p = make_params(
+        random.integer(1, 300), static_cast<int>(random.integer(1, 300)),
+        static_cast<int>(random.integer(1, 200)), static_cast<int>(random.integer(1, 120)),
+        static_cast<int>(random.integer(1, 300)), kernel, static_cast<int>(random.integer(1, 3)));
+    for (int slot = 1; slot < 3; ++slot) p.serves[slot] = false;
+    p.planes = true;
+    check_plan(p);
+  }
+}
+
+// The table in conv_layout.h.
+DFS_TEST(cuda_multiplications_of_known_layers_at_2_bits) {
+  struct Layer {
+    int channels;
+    double bytes;
+    double planes;
+  };
+  for (const Layer& layer : {Layer{16, 10, 10}, Layer{32, 36, 27}, Layer{64, 144, 85},
+                             Layer{128, 288, 153}, Layer{256, 576, 306}}) {
+    dfs::ConvGeometry g;
+    g.in_channels = g.out_channels = layer.channels;
+    g.kernel_h = g.kernel_w = 3;
+    const double bytes =
+        dfs::cuda::multiplications(dfs::cuda::weight_tiles(g, 2, true, /*planes=*/false));
+    const double planes =
+        dfs::cuda::multiplications(dfs::cuda::weight_tiles(g, 2, true, /*planes=*/true));
+    CHECK(bytes == layer.bytes, layer.channels, ": ", bytes);
+    CHECK(planes == layer.planes, layer.channels, ": ", planes);
   }
 }
 

@@ -46,6 +46,30 @@ void multiply_kernel(const TileParams p) {
   for (int i = 0; i < 4; ++i) p.c[(group + 8 * (i / 2)) * 8 + 2 * in_group + i % 2] = c[i];
 }
 
+struct CountParams {
+  const uint32_t* a;  // [16][8]: 256 bits of each row
+  const uint32_t* b;  // [8][8]: of each column
+  int32_t* c;         // [16][8]
+  bool half;          // the first 128 bits only
+};
+
+void count_kernel(const CountParams p) {
+  const int lane = dfs::cuda::thread_index() % 32;
+  const int group = lane / 4;
+  const int in_group = lane % 4;
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) a[i] = p.a[(group + 8 * (i % 2)) * 8 + in_group + 4 * (i / 2)];
+  const uint32_t* b = p.b + group * 8 + in_group;
+  int32_t c[4];
+  for (int i = 0; i < 4; ++i) c[i] = p.c[(group + 8 * (i / 2)) * 8 + 2 * in_group + i % 2];
+  if (p.half) {
+    dfs::cuda::count_half_tile(c, {a[0], a[1]}, b[0]);
+  } else {
+    dfs::cuda::count_tile(c, a, b[0], b[4]);
+  }
+  for (int i = 0; i < 4; ++i) p.c[(group + 8 * (i / 2)) * 8 + 2 * in_group + i % 2] = c[i];
+}
+
 struct Nothing {};
 
 // What a kernel fails with.
@@ -91,6 +115,34 @@ DFS_TEST(emulator_multiplies_tiles) {
     const TileParams params{a.data(), b.data(), c.data()};
     dfs::cuda::launch("multiply", &multiply_kernel, {1, 32, 0}, params, nullptr);
     CHECK(c == expected, "a product differs");
+  }
+}
+
+DFS_TEST(emulator_counts_bits_of_tiles) {
+  Random random(seed());
+  for (int i = 0; i < 50; ++i) {
+    const bool half = i % 2 == 1;
+    std::vector<uint32_t> a(16 * 8);
+    std::vector<uint32_t> b(8 * 8);
+    std::vector<int32_t> c(16 * 8);
+    for (std::vector<uint32_t>* side : {&a, &b}) {
+      for (uint32_t& word : *side) {
+        word = i < 2 ? ~0u : static_cast<uint32_t>(random.integer(0, 0xffffffff));
+      }
+    }
+    for (int32_t& value : c) value = static_cast<int32_t>(random.integer(-1000000, 1000000));
+    std::vector<int32_t> expected = c;
+    for (size_t row = 0; row < 16; ++row) {
+      for (size_t column = 0; column < 8; ++column) {
+        for (size_t k = 0; k < (half ? 128 : 256); ++k) {
+          const uint32_t both = a[row * 8 + k / 32] & b[column * 8 + k / 32];
+          expected[row * 8 + column] += static_cast<int32_t>((both >> (k % 32)) & 1u);
+        }
+      }
+    }
+    const CountParams params{a.data(), b.data(), c.data(), half};
+    dfs::cuda::launch("count", &count_kernel, {1, 32, 0}, params, nullptr);
+    CHECK(c == expected, half ? "half: " : "whole: ", "a count differs");
   }
 }
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dfs_kernels.backends import cpu, cuda, measured, reference, triton
+from dfs_kernels.backends import cpu, cuda, cuda_bits, measured, reference, triton
 from dfs_kernels.backends.measured import ConvProblem
 
 # Modules at hand rather than imported on demand: torch.compile can't trace an import.
@@ -32,6 +32,7 @@ _MODULES: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
     "cuda": cuda,
+    "cuda-bits": cuda_bits,
 }
 _NAMES = tuple(_MODULES)
 

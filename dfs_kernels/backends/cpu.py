@@ -175,7 +175,7 @@ def _threads() -> int:
 
 
 def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:
-    return native.tile_offsets(_cpu, geometry, options, centred, _TILE_ALIGNMENT)
+    return native.tile_offsets(_cpu.tile_bytes, geometry, options, centred, _TILE_ALIGNMENT)
 
 
 def _retile(geometry: Any, canonical: Tensor, bits: int, centred: bool, out: Tensor) -> None:

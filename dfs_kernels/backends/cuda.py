@@ -9,6 +9,7 @@ checking them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -66,6 +67,10 @@ def unavailable_reason() -> str | None:
         names = [f"{major}.{minor}" for major, minor in (max(found), _LEAST_CAPABILITY)]
         return f"the GPU has compute capability {names[0]}, and {names[1]} is needed"
     return None
+
+
+def is_emulated() -> bool:
+    return bool(_EMULATOR)
 
 
 def supports(device_type: str, options: Sequence[int]) -> bool:
@@ -132,23 +137,30 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out
         )  # fmt: skip
 
 
-def tile_variant() -> str:
-    """The version of the layout that the tensor cores are fed from."""
-    return f"cuda/{_cuda.tile_version}"
+def tile_variant(planes: bool = False) -> str:
+    """The version of the layout that the tensor cores are fed from.
+
+    Args:
+        planes: here and below, samples of 2 bits are multiplied as bit planes: see cuda_bits.py.
+    """
+    return f"cuda/{_cuda.tile_version}{'/planes' if planes else ''}"
 
 
-def tile_bytes(geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool]) -> int:
-    return _tile_offsets(native.geometry(_cuda, geometry), options, centred)[-1]
+def tile_bytes(
+    geometry: ConvGeometry, options: Sequence[int], centred: Sequence[bool], planes: bool = False
+) -> int:
+    return _tile_offsets(native.geometry(_cuda, geometry), options, centred, planes)[-1]
 
 
-def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry) -> Tensor:
+def retile_weight(weight: PackedConvWeight, geometry: ConvGeometry, planes: bool = False) -> Tensor:
     codes = [weight.packed(bits) for bits in weight.bit_options]
-    return _retile(codes, native.geometry(_cuda, geometry), weight.bit_options, weight.centred)
+    shape = native.geometry(_cuda, geometry)
+    return _retile(codes, shape, weight.bit_options, weight.centred, planes)
 
 
-def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation) -> None:
+def mixed_conv2d(call: ConvCall, out: Tensor | PackedActivation, planes: bool = False) -> None:
     geometry = native.geometry(_cuda, call.geometry)
-    weight, kept = _native_weight(call.weight, geometry)
+    weight, kept = _native_weight(call.weight, geometry, planes)
     args = native.mixed_conv2d_args(_cuda, call, geometry, weight, out)
     with _on(call.bits.device) as stream:
         _cuda.mixed_conv2d(args, stream)
@@ -189,32 +201,41 @@ def _takes_tf32() -> bool:
     return native.allows_tf32() and not _EMULATOR
 
 
-def _tile_offsets(geometry: Any, options: Sequence[int], centred: Sequence[bool]) -> list[int]:
-    return native.tile_offsets(_cuda, geometry, options, centred, _TILE_ALIGNMENT)
+def _tile_offsets(
+    geometry: Any, options: Sequence[int], centred: Sequence[bool], planes: bool
+) -> list[int]:
+    size = functools.partial(_cuda.tile_bytes, planes=planes)
+    return native.tile_offsets(size, geometry, options, centred, _TILE_ALIGNMENT)
 
 
 def _retile(
-    codes: Sequence[Tensor], geometry: Any, options: Sequence[int], centred: Sequence[bool]
+    codes: Sequence[Tensor],
+    geometry: Any,
+    options: Sequence[int],
+    centred: Sequence[bool],
+    planes: bool,
 ) -> Tensor:
     """The tiles of all widths in one buffer, each made from its canonical codes."""
-    offsets = _tile_offsets(geometry, options, centred)
+    offsets = _tile_offsets(geometry, options, centred, planes)
     # Zeros, so that the gaps between the widths are the same every time.
     tiles = torch.zeros(offsets[-1], dtype=torch.uint8, device=codes[0].device)
     with _on(tiles.device) as stream:
         for i, bits in enumerate(options):
             target = tiles.data_ptr() + offsets[i]
-            _cuda.retile_weight(geometry, codes[i].data_ptr(), bits, centred[i], target, stream)
+            _cuda.retile_weight(
+                geometry, codes[i].data_ptr(), bits, centred[i], target, stream, planes
+            )
     return tiles
 
 
-def _native_weight(weight: ConvWeight, geometry: Any) -> tuple[Any, list[Tensor]]:
+def _native_weight(weight: ConvWeight, geometry: Any, planes: bool) -> tuple[Any, list[Tensor]]:
     """A weight as the kernels take it, and the tensors that it points into."""
     options, centred = weight.options, weight.centred
     codes = [_canonical_codes(weight, i) for i in range(len(options))]
     tiles = weight.tiles
     if tiles is None:
-        tiles = _retile(codes, geometry, options, centred)
-    offsets = _tile_offsets(geometry, options, centred)
+        tiles = _retile(codes, geometry, options, centred, planes)
+    offsets = _tile_offsets(geometry, options, centred, planes)
     # Where a width has no tiles the kernels read its canonical codes.
     addresses = [
         tiles.data_ptr() + start if end > start else codes[i].data_ptr()
@@ -222,6 +243,7 @@ def _native_weight(weight: ConvWeight, geometry: Any) -> tuple[Any, list[Tensor]
     ]
     result = native.weight(_cuda, options, centred, addresses)
     result.scale = native.pointer(weight.scale)
+    result.planes = planes
     return result, [tiles, *codes]
 
 

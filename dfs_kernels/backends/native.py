@@ -5,7 +5,7 @@ Every function takes the module whose structs it makes; what a struct points to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def geometry(module: Any, value: ConvGeometry) -> Any:
 
 
 def tile_offsets(
-    module: Any,
+    tile_bytes: Callable[[Any, int, bool], int],
     native_geometry: Any,
     options: Sequence[int],
     centred: Sequence[bool],
@@ -70,7 +70,7 @@ def tile_offsets(
     """Where the tiles of each width start in one buffer, and where the last ones end."""
     offsets = [0]
     for bits, is_centred in zip(options, centred, strict=True):
-        end = offsets[-1] + module.tile_bytes(native_geometry, bits, is_centred)
+        end = offsets[-1] + tile_bytes(native_geometry, bits, is_centred)
         offsets.append(-(-end // alignment) * alignment)
     return offsets
 

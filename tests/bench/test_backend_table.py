@@ -45,6 +45,19 @@ def test_a_row_has_the_mean_over_what_both_were_timed_at() -> None:
     assert table.faster("64x8x8>64x8x8/5x5") == ()
 
 
+def test_a_candidate_is_in_the_table_where_it_was_timed_alike() -> None:
+    name = measured.CANDIDATES[0]
+    more = [point(f"{name}_8", 0.5)]
+    table = candidate(POINTS + more, "H1", SOURCE)
+    assert table is not None
+    assert name not in table.seconds["64x8x8>64x8x8/3x3"][64]
+    table = candidate([*POINTS, *more, point(f"{name}_2", 1.5)], "H1", SOURCE)
+    assert table is not None
+    assert table.seconds["64x8x8>64x8x8/3x3"][64][name] == 1.0
+    assert table.faster("64x8x8>64x8x8/3x3") == ((64, name),)
+    assert BackendTable.from_json(table.to_json()) == table
+
+
 def test_without_both_backends_there_is_no_table() -> None:
     assert candidate([p for p in POINTS if "triton" in p["contestant"]], "H1", SOURCE) is None
 

@@ -13,12 +13,18 @@ from torch import Tensor
 
 from dfs_kernels import PackedActivation, PackedConvWeight, available_backends, reference
 from dfs_kernels.backends import load
+from dfs_kernels.backends.measured import CANDIDATES
 from dfs_kernels.call import ConvCall, ConvWeight
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import Quantizer, row_bytes
 from dfs_kernels.widths import activation_max
 
-CPU_BACKENDS = tuple(name for name in available_backends() if load(name).supports("cpu", (8,)))
+# Without the candidates: they share all but one kernel with a backend that is here. test_cuda.py.
+CPU_BACKENDS = tuple(
+    name
+    for name in available_backends()
+    if load(name).supports("cpu", (8,)) and name not in CANDIDATES
+)
 # What every test compares. Triton's interpreter takes many minutes for all of them, so that it has
 # a selection of its own in test_triton.py, unless DFS_TEST_TRITON=1.
 _SLOW = set() if os.environ.get("DFS_TEST_TRITON") == "1" else {"triton"}

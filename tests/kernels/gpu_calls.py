@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu.backends import gpu_backends
+from bench.gpu.backends import gpu_backends, gpu_candidates
 from bench.gpu.device import machine, missing_reason
 from bench.gpu.ours import bind, implementations
 from dfs_kernels import GateStep, RNNGateWeights, mixed_conv2d, reference, rnn_gate
@@ -120,9 +120,10 @@ def decide(backend: str) -> None:
 def calls() -> list[tuple[str, Callable[[], None]]]:
     """Everything that there is to call, with names for people."""
     found: list[tuple[str, Callable[[], None]]] = []
-    for backend in gpu_backends():
+    for backend in (*gpu_backends(), *gpu_candidates()):
         for i, case in enumerate(CASES):
             found.append((f"{backend} convolution {i}", partial(convolve, case, backend)))
+    for backend in gpu_backends():
         for groups in (1, 4):
             found.append((f"{backend} training {groups}", partial(train, groups, backend)))
         for call in (convolve_in_buckets, convert, decide):

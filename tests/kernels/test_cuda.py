@@ -26,14 +26,17 @@ from dfs_kernels import (
     rnn_gate,
     unpack_dequantize,
 )
-from dfs_kernels.backends import cuda, reference, triton
+from dfs_kernels.backends import cuda, cuda_bits, reference, triton
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import row_bytes
 from tests.kernels.cases import (
+    FORMS,
     Built,
     ConvCase,
     assert_matches_reference,
     build,
+    build_largest_products,
+    cases_of_forms,
     run,
     sample_bits,
     subset,
@@ -48,6 +51,7 @@ emulated = pytest.mark.skipif(
 
 
 @emulated
+@pytest.mark.parametrize("backend", ["cuda", "cuda-bits"])
 @pytest.mark.parametrize("input_form", ["contiguous", "channels_last", "packed", "requantized"])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "stride", "size"),
@@ -65,7 +69,13 @@ emulated = pytest.mark.skipif(
     ],
 )
 def test_layers_of_the_tensor_core_kernel(
-    channels: int, outputs: int, kernel: int, stride: int, size: tuple[int, int], input_form: str
+    channels: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    size: tuple[int, int],
+    input_form: str,
+    backend: str,
 ) -> None:
     case = ConvCase(
         bits=(2, 8, 0, 4),
@@ -83,11 +93,93 @@ def test_layers_of_the_tensor_core_kernel(
         relu=True,
     )
     assert _takes_tensor_cores(case.geometry)
-    assert_matches_reference(build(case), "cuda")
+    built = build(case)
+    cuda._cuda.take_launches()
+    assert_matches_reference(built, backend)
+    assert ("conv_bits" in cuda._cuda.take_launches()) == (backend == "cuda-bits")
 
 
 def _takes_tensor_cores(geometry: ConvGeometry) -> bool:
     return all(cuda.tile_bytes(geometry, (b,), (b == 2,)) > 0 for b in (2, 4, 8))
+
+
+@emulated
+@pytest.mark.parametrize("zero_at_top", [False, True])
+def test_largest_products_of_bit_planes(zero_at_top: bool) -> None:
+    assert_matches_reference(build_largest_products(2, zero_at_top), "cuda-bits")
+
+
+@emulated
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("channels", "outputs"), [(61, 37), (3, 5), (330, 20)])
+def test_bit_planes_of_odd_layers(channels: int, outputs: int, centred: bool) -> None:
+    """Channels that fill no word, outputs that fill no tile; the last in two slices."""
+    case = ConvCase(
+        bits=(2, 8, 2),
+        options=(2, 8),
+        centred=(centred, False),
+        group_channels=channels,
+        group_outputs=outputs,
+        size=(7, 9),
+        input_form="packed",
+    )
+    assert_matches_reference(build(case), "cuda-bits")
+
+
+@emulated
+@pytest.mark.parametrize(("input_form", "residual_form", "output_form"), FORMS)
+def test_bit_planes_in_every_combination_of_forms(
+    input_form: str, residual_form: str | None, output_form: str
+) -> None:
+    for case in cases_of_forms(input_form, residual_form, output_form):
+        assert_matches_reference(build(case), "cuda-bits")
+
+
+@emulated
+def test_tiles_of_bit_planes() -> None:
+    """Five half steps of 32 lanes, two planes for each of 8 column tiles, and their ones."""
+    layer = ConvGeometry(64, 64, 3, 3)
+    assert cuda_bits.tile_bytes(layer, (2,), (True,)) == 4 * (64 + 5 * 32 * (2 * 8 + 1))
+    for bits in (4, 8, 32):
+        assert cuda_bits.tile_bytes(layer, (bits,), (False,)) == cuda.tile_bytes(
+            layer, (bits,), (False,)
+        )
+    assert cuda_bits.tile_bytes(ConvGeometry(8, 8, 40, 40), (2,), (True,)) == 0
+    assert cuda_bits.tile_variant() != cuda.tile_variant()
+
+
+@emulated
+def test_a_layer_that_bit_planes_do_not_fit_is_multiplied_as_bytes() -> None:
+    """Their ones and offsets take room in shared memory beside the weights."""
+    case = ConvCase(
+        bits=(2, 8),
+        options=(2, 8),
+        centred=(True, False),
+        group_channels=64,
+        group_outputs=8,
+        kernel=(17, 17),
+        padding=(8, 8, 8, 8),
+        size=(4, 5),
+        input_form="packed",
+    )
+    geometry = case.geometry
+    assert cuda_bits.tile_bytes(geometry, (2,), (True,)) == cuda.tile_bytes(geometry, (2,), (True,))
+    built = build(case)
+    cuda._cuda.take_launches()
+    assert_matches_reference(built, "cuda-bits")
+    launches = cuda._cuda.take_launches()
+    assert "conv_mma" in launches
+    assert "conv_bits" not in launches
+
+
+def test_a_gpu_without_1_bit_tensor_cores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda, "is_emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert cuda_bits.unavailable_reason() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
+    assert "12.0 has no 1-bit tensor cores" in str(cuda_bits.unavailable_reason())
 
 
 @emulated
@@ -203,11 +295,11 @@ def test_a_gated_block_is_three_launches() -> None:
         assert torch.equal(step.bits, expected_step.bits)
 
 
-def convolution_call(case: ConvCase) -> Callable[[], Tensor]:
+def convolution_call(case: ConvCase, backend: str = "cuda") -> Callable[[], Tensor]:
     arguments = build(case).arguments()
 
     def call() -> Tensor:
-        found = mixed_conv2d(**arguments, backend="cuda")
+        found = mixed_conv2d(**arguments, backend=backend)
         return found.data if isinstance(found, PackedActivation) else found
 
     return call
@@ -258,6 +350,7 @@ _SLICED = ConvCase(
     group_outputs=24, size=(9, 20), input_form="stream", residual_form="packed",
     output_form="fixed", relu=True,
 )  # fmt: skip
+_SLICED_BITS = replace(_SLICED, bits=(2,) * 4, group_channels=300, output_form="float")
 _FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 10))
 
 
@@ -266,6 +359,7 @@ _FLOAT = ConvCase(bits=(32,) * 4, group_channels=8, group_outputs=40, size=(9, 1
     ("kernel", "make", "barriers"),
     [
         ("conv_mma", lambda: convolution_call(_SLICED), 8),
+        ("conv_bits", lambda: convolution_call(_SLICED_BITS, "cuda-bits"), 6),
         ("conv_float", lambda: convolution_call(_FLOAT), 9),
         ("input_gradient", input_gradient_call, 3 + 2),
         ("rnn_gate", gate_call, 7),

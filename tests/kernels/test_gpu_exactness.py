@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import ours
-from bench.gpu.backends import gpu_backends
+from bench.gpu.backends import gpu_backends, gpu_candidates
 from bench.gpu.device import is_rehearsal, machine
 from bench.gpu.prepared import to_run
 from bench.layers import GPU_LAYERS, INTEGER_WIDTHS, Layer, layer_input, layer_weights
@@ -54,7 +54,7 @@ from tests.kernels.gate_cases import CHOICES, assert_same_step, gate_weights, pa
 from tests.kernels.wide_cases import draw_case
 
 pytestmark = pytest.mark.gpu
-every_backend = pytest.mark.parametrize("backend", gpu_backends())
+every_backend = pytest.mark.parametrize("backend", [*gpu_backends(), *gpu_candidates()])
 
 _DRAWN_CASES = 28
 _LARGE_BATCH = 64

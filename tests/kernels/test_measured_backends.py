@@ -21,7 +21,7 @@ from dfs_kernels import (
     mixed_conv2d,
     use_backend,
 )
-from dfs_kernels.backends import cuda, measured, triton
+from dfs_kernels.backends import cuda, cuda_bits, measured, triton
 from dfs_kernels.backends.measured import BackendTable, ConvProblem
 from dfs_kernels.geometry import ConvGeometry
 from tests.kernels.op_calls import calls_of
@@ -72,6 +72,20 @@ def test_without_a_table_triton_runs(gpu: Path) -> None:
 def test_the_faster_one_runs_in_each_batch_bucket(gpu: Path) -> None:
     plant(gpu)
     assert [chosen(batch) for batch in (0, 1, 2, 64, 65, 4000)] == ["cuda"] * 2 + ["triton"] * 4
+
+
+def test_a_candidate_runs_where_the_table_names_it_only(
+    gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_bits, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda_bits, "supports", lambda kind, options: kind == "cuda")
+    assert chosen() == "triton"
+    plant(gpu, seconds={KEY: {"1": {"cuda": 3e-6, "triton": 5e-6, "cuda-bits": 2e-6}}})
+    measured.forget()
+    assert chosen() == "cuda-bits"
+    assert "cuda at 0, triton at 0, cuda-bits at 1, triton at all" in measured.describe(
+        DEVICE, ("triton", "cuda")
+    )
 
 
 def test_what_was_not_measured_runs_on_triton(gpu: Path) -> None:

@@ -22,6 +22,7 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 # Those that run once a batch; the others run when weights are packed.
 HOT = (
     "conv_mma_kernel",
+    "conv_bits_kernel",
     "conv_float_kernel",
     "conv_general_kernel",
     "quantize_pack_kernel",
@@ -117,11 +118,30 @@ def test_the_inner_loops_are_as_short_as_planned(architecture: str) -> None:
 
 
 @every_architecture
+def test_bit_planes_are_multiplied_on_1_bit_tensor_cores(architecture: str) -> None:
+    """Nor by bytes, as a function that stands in for them does: 4 C + 2 for each row tile."""
+    instances = kernels(architecture, "conv_bits_kernel")
+    found = [operations(code) for code in instances]
+    for name in ("BMMA.168256.AND.POPC", "BMMA.168128.AND.POPC"):
+        assert sorted(count[name] for count in found) == [18, 20, 34]
+    for code, count in zip(instances, found, strict=True):
+        assert not any(name.startswith(("IMMA", "HMMA", "DFMA")) for name in count)
+        inner = [
+            len(body) / operations(body)["BMMA.168256.AND.POPC"]
+            for body in loops(code)
+            if operations(body)["BMMA.168256.AND.POPC"] and len(body) < 400
+        ]
+        assert len(inner) == 1
+        assert inner[0] < 6.5
+
+
+@every_architecture
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
         # Packed input, halo and weights past the registers; stream and residual; packed output.
         ("conv_mma_kernel", ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")),
+        ("conv_bits_kernel", ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")),
         ("quantize_pack_kernel", ("STG.E.128",)),
         ("arrange_kernel", ("LDG.E.128", "STG.E.128")),
         ("input_gradient_kernel", ("LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")),

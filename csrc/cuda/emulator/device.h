@@ -49,6 +49,13 @@ inline void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   emulator::multiply_tile(c, a, b0, b1);
 }
 
+inline void count_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::count_tile(c, a, b0, b1);
+}
+inline void count_half_tile(int32_t (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  emulator::count_half_tile(c, a, b);
+}
+
 inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply_tile(c, a, b0, b1);
 }

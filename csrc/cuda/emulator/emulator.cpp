@@ -17,7 +17,7 @@ constexpr int kLanes = 32;
 constexpr size_t kGuardBytes = 256;
 constexpr uint8_t kPoison = 0xcd;
 
-enum class Wait { kNothing, kBlock, kMultiply, kMultiplyFloats, kShuffle };
+enum class Wait { kNothing, kBlock, kMultiply, kMultiplyFloats, kCount, kShuffle };
 
 struct Copy {
   void* to;
@@ -140,6 +140,33 @@ void multiply_floats(Thread* const* lanes) {
   }
 }
 
+int bits_set(uint32_t word) {
+  int count = 0;
+  for (; word != 0; word &= word - 1) ++count;
+  return count;
+}
+
+// The same for mma.m16n8k256, 1-bit types and .and.popc: word w of a row holds columns 32w.., its
+// lowest bit the first of them.
+void count_warp(Thread* const* lanes) {
+  uint32_t a[16][8];
+  uint32_t b[8][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int group = lane / 4;
+    const int word = lane % 4;
+    for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][word + i / 2 * 4] = lanes[lane]->a[i];
+    for (int i = 0; i < 2; ++i) b[word + i * 4][group] = lanes[lane]->b[i];
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8;
+      const int column = 2 * (lane % 4) + i % 2;
+      int32_t& sum = (*lanes[lane]->sums)[i];
+      for (int word = 0; word < 8; ++word) sum += bits_set(a[row][word] & b[word][column]);
+    }
+  }
+}
+
 void shuffle_warp(Thread* const* lanes) {
   uint64_t values[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -167,6 +194,8 @@ bool step_warp(int warp) {
     multiply_warp(lanes);
   } else if (wait == Wait::kMultiplyFloats) {
     multiply_floats(lanes);
+  } else if (wait == Wait::kCount) {
+    count_warp(lanes);
   } else {
     shuffle_warp(lanes);
   }
@@ -324,6 +353,17 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
   block->running().float_sums = &c;
   bring_factors(a, b0, b1);
   wait_for(Wait::kMultiplyFloats);
+}
+
+void count_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  block->running().sums = &c;
+  bring_factors(a, b0, b1);
+  wait_for(Wait::kCount);
+}
+
+// mma.m16n8k128 has the fragments of the first half.
+void count_half_tile(int32_t (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  count_tile(c, {a[0], a[1], 0, 0}, b, 0);
 }
 
 uint64_t shuffle_xor(uint64_t value, int mask) {

@@ -42,6 +42,8 @@ void wait_for_copies();
 void multiply_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 // Of floats whose low bits, beyond those of TF32, are zero.
 void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void count_tile(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void count_half_tile(int32_t (&c)[4], const uint32_t (&a)[2], uint32_t b);
 uint64_t shuffle_xor(uint64_t value, int mask);
 
 }  // namespace dfs::cuda::emulator

@@ -77,6 +77,7 @@ struct ConvWeight {
   const void* tiles[kMaxWidths] = {};  // the backend's private layout, from retile_weight
   bool centred[kMaxWidths] = {};       // level(q) = 2q + 1 with half the step, instead of q
   const float* scale = nullptr;        // (count, O); entries for 32 bits are ignored
+  bool planes = false;                 // 2-bit tiles were made as bit planes; CUDA only
 };
 
 // One mixed-bitwidth convolution, epilogue included.
