@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dfs.data import DataError, DataSplits, ImageSet
+from dfs.latency import LatencyTable, part_names
 from dfs.progress import format_duration
 from dfs.settings import configure, contradictions, parse_settings
 from dfs.train import TrainConfig, Trainer
@@ -295,6 +296,30 @@ def _copy(trainer: Trainer, config: TrainConfig) -> Trainer:
         other.model.load_state_dict(state if same_gate else {**ungated, **own})
     other.stage_index, other.results = trainer.stage_index, dict(trainer.results)
     return other
+
+
+def test_a_latency_table_decides_what_the_gates_pay_for(
+    beginnings: list[Trainer], tmp_path: Path
+) -> None:
+    model, size = beginnings[3].model, beginnings[3].data.image_size
+    gates, costs = [], []
+    for dearest in (2, 8):
+        parts = part_names(model, size)
+        prices = {0: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 32: 20.0} | {dearest: 10.0}
+        entries = {(part, bits): ms for part in parts for bits, ms in prices.items()}
+        path = tmp_path / f"{dearest}.json"
+        LatencyTable(entries, "uint8", 4, 1).save(path)
+        config = replace(TINY, cost="latency", latency_table=str(path))
+        reach = Trainer(config, None, beginnings[3].data).cost.of_choices()
+        costs.append(reach.tolist())
+        target = float(reach.min() + reach.max()) / 2
+        trainer = _copy(beginnings[3], replace(config, target=target))
+        trainer.run(4)
+        gates.append(trainer.model.gate.state_dict())
+    choices = model.choices
+    for dearest, of_choice in zip((2, 8), costs, strict=True):
+        assert choices[of_choice.index(max(of_choice))] == dearest
+    assert not equal_content(*gates)
 
 
 @pytest.mark.parametrize(("values", "stage"), _EFFECTS, ids=lambda v: str(v))
