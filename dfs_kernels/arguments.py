@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ PerWidthInt = Tensor | Mapping[int, "Tensor | int"] | Sequence[int] | int
 _MAX_INT32 = 2**31 - 1
 # What a tensor of per-width values stands for when only its length says so.
 _OPTIONS_BY_LENGTH = {3: (2, 4, 8), 4: (2, 4, 8, 32)}
+
+
+def is_debugging() -> bool:
+    """Whether values on a GPU are to be checked, at the price of waiting for it."""
+    return os.environ.get("DFS_DEBUG", "0") == "1"
 
 
 def infer_options(

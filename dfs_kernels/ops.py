@@ -10,7 +10,6 @@ sample's own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import backends
+from dfs_kernels.arguments import is_debugging
 from dfs_kernels.block import BlockCall, LayerCall, Stream, run_block
 from dfs_kernels.call import (
     ConvCall,
@@ -95,13 +95,9 @@ def _named(tensors: dict[str, str], values: Sequence[Any], scalars: dict[str, An
     return named
 
 
-def _debug() -> bool:
-    return os.environ.get("DFS_DEBUG", "0") == "1"
-
-
 def _may_read(tensor: Tensor) -> bool:
     """Whether looking at values is allowed: always on a CPU, elsewhere only when debugging."""
-    return tensor.device.type == "cpu" or _debug()
+    return tensor.device.type == "cpu" or is_debugging()
 
 
 # Packing

@@ -24,6 +24,21 @@ struct ConvSizes {
   int64_t taps() const { return geometry.kernel_h * geometry.kernel_w; }
 };
 
+// A square kernel, padded so that stride 1 keeps the size.
+inline void set_layer(ConvSizes& sizes, int64_t channels, int64_t outputs, int64_t height,
+                      int64_t width, int64_t kernel, int64_t stride) {
+  dfs::ConvGeometry& g = sizes.geometry;
+  g.in_channels = channels;
+  g.out_channels = outputs;
+  g.kernel_h = g.kernel_w = kernel;
+  g.stride_h = g.stride_w = stride;
+  g.pad_left = g.pad_right = g.pad_top = g.pad_bottom = kernel / 2;
+  sizes.height = height;
+  sizes.width = width;
+  sizes.out_height = (height - 1) / stride + 1;
+  sizes.out_width = (width - 1) / stride + 1;
+}
+
 // Around the multiples of 16, where vectors end, as often as anything else up to 70.
 inline int64_t draw_channels(Random& random) {
   if (random.chance(0.5)) return 16 * random.integer(1, 4) + random.integer(-1, 1);

@@ -52,17 +52,9 @@ struct Layer {
 
 BackwardCase make_case(Random& random, const Layer& layer) {
   BackwardCase c;
-  dfs::ConvGeometry& g = c.sizes.geometry;
-  g.in_channels = layer.channels;
-  g.out_channels = layer.outputs;
-  g.groups = layer.groups;
-  g.kernel_h = g.kernel_w = layer.kernel;
-  g.stride_h = g.stride_w = layer.stride;
-  g.pad_left = g.pad_right = g.pad_top = g.pad_bottom = layer.kernel / 2;
-  c.sizes.height = layer.height;
-  c.sizes.width = layer.width;
-  c.sizes.out_height = (layer.height - 1) / layer.stride + 1;
-  c.sizes.out_width = (layer.width - 1) / layer.stride + 1;
+  set_layer(c.sizes, layer.channels, layer.outputs, layer.height, layer.width, layer.kernel,
+            layer.stride);
+  c.sizes.geometry.groups = layer.groups;
   c.bits = {8, 0, 4, 32, 2};
   c.batch = 5;
   while (c.widths() < 4) c.input_quantizer = draw_quantizer(random, 0.015f);

@@ -114,16 +114,8 @@ DFS_TEST(cuda_mixed_conv2d_of_residual_networks) {
            Layer{16, 16, 9, 9, 5, 1},
        }) {
     ConvCase c;
-    dfs::ConvGeometry& g = c.sizes.geometry;
-    g.in_channels = layer.channels;
-    g.out_channels = layer.outputs;
-    g.kernel_h = g.kernel_w = layer.kernel;
-    g.stride_h = g.stride_w = layer.stride;
-    g.pad_left = g.pad_right = g.pad_top = g.pad_bottom = layer.kernel / 2;
-    c.sizes.height = layer.height;
-    c.sizes.width = layer.width;
-    c.sizes.out_height = (layer.height - 1) / layer.stride + 1;
-    c.sizes.out_width = (layer.width - 1) / layer.stride + 1;
+    set_layer(c.sizes, layer.channels, layer.outputs, layer.height, layer.width, layer.kernel,
+              layer.stride);
     c.bits = {2, 8, 0, 4};
     c.batch = 4;
     c.weight = draw_weight(random, c.sizes, false);

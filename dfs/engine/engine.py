@@ -12,12 +12,13 @@ from torch import Tensor
 from dfs.cost import BitOps, Cost, PaperCost
 from dfs.data import Preprocessing
 from dfs.engine.budget import BudgetCurve, measure_curve, tilted_bias
-from dfs.engine.executor import Executor, check_device, is_debugging, make_executor
+from dfs.engine.executor import Executor, check_device, make_executor
 from dfs.engine.file import load_graph, save_graph
 from dfs.engine.freeze import freeze_network
 from dfs.engine.graph import EngineGraph
 from dfs.engine.native import EngineRun
 from dfs.models import DynamicResNet
+from dfs_kernels.arguments import is_debugging
 
 Policy = int | Tensor | None
 # What travels along in a file, by name.

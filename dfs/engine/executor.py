@@ -11,6 +11,7 @@ from torch import Tensor
 from dfs.engine.gpu import GpuExecutor, PlainCalls
 from dfs.engine.graph import EngineGraph
 from dfs.engine.native import EngineRun, NativeExecutor
+from dfs_kernels.arguments import is_debugging
 
 
 class DeviceError(RuntimeError):
@@ -60,11 +61,6 @@ def make_executor(
     # Values can't be looked at while a graph is recorded.
     plain = is_debugging() or os.environ.get("DFS_NO_GRAPHS", "0") == "1"
     return GpuExecutor(graph, tensors, pixel_values, target, PlainCalls() if plain else None)
-
-
-def is_debugging() -> bool:
-    """Whether values on a GPU are to be checked, at the price of waiting for it."""
-    return os.environ.get("DFS_DEBUG", "0") == "1"
 
 
 def check_device(device: torch.device | str) -> torch.device:

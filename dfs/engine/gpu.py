@@ -185,14 +185,7 @@ class GpuExecutor:
         choice_bias: Tensor | None,
         timed: bool = False,
     ) -> EngineRun:
-        """Classify images.
-
-        Args:
-            images: float32 or uint8 (N, C, H, W) of any strides, on the device.
-            policy: int32 (N, gated blocks) there, or None for the gates' decisions.
-            choice_bias: float64 (choices,), or None for the network's own.
-            timed: measure blocks and gates, op by op: slower, and waits for the GPU.
-        """
+        """As :class:`dfs.engine.executor.Executor` says; ``timed`` runs op by op, and waits."""
         with self._lock, self._on_device(), self._in_order():
             if choice_bias is not self._choice_bias:
                 self._network.set_choice_bias(choice_bias)
