@@ -94,6 +94,13 @@ bool is_finite(const FeatureMap& map, int64_t sample) {
   return true;
 }
 
+// Mean of (b / 32)^2.
+double mean_cost(const int32_t* bits, int64_t count) {
+  int64_t squares = 0;
+  for (int64_t i = 0; i < count; ++i) squares += int64_t{bits[i]} * bits[i];
+  return static_cast<double>(squares) / static_cast<double>(count) / (32.0 * 32.0);
+}
+
 }  // namespace
 
 // The two streams take turns at the blocks that change resolution.
@@ -109,7 +116,6 @@ struct Engine::Workspace {
   std::vector<float> pooled;
   std::vector<double> means;
   int stream = 0;
-  bool has_state = false;
   FeatureMap map;  // the stream as it is now
 };
 
@@ -285,9 +291,9 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   space->scratch.emplace_back(scratch_bytes_);
   space->gate_scratch = AlignedBytes(gate_scratch_bytes_);
   for (std::vector<double>& state : space->states) {
-    state.resize(static_cast<size_t>(2 * gates_.hidden()));
+    state.resize(static_cast<size_t>(2 * gate_room(gates_.hidden())));
   }
-  space->gate_logits.resize(static_cast<size_t>(choices()));
+  space->gate_logits.resize(static_cast<size_t>(gate_room(choices())));
   const auto channels = static_cast<size_t>(classifier_.geometry().in_channels);
   space->pooled.resize(channels);
   space->means.resize(channels);
@@ -333,13 +339,11 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   if (call.pixels.data == nullptr && !is_finite(call.images, sample)) {
     std::fill_n(output.logits + sample * classes(), classes(),
                 std::numeric_limits<float>::quiet_NaN());
-    if (output.bits != nullptr) std::fill_n(output.bits + sample * gates(), gates(), 0);
-    if (output.gate_logits != nullptr) {
-      std::fill_n(output.gate_logits + sample * gates() * choices(), gates() * choices(),
-                  std::numeric_limits<double>::quiet_NaN());
-    }
+    std::fill_n(output.bits + sample * gates(), gates(), 0);
+    output.cost[sample] = mean_cost(output.bits + sample * gates(), gates());
     return;
   }
+  int32_t* decisions = output.bits + sample * gates();
   double* times = output.block_times;
   Clock::time_point start = Clock::now();
   const auto lap = [&](double* into, size_t index) {
@@ -349,7 +353,7 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   };
 
   space.stream = 0;
-  space.has_state = false;
+  std::fill(space.states[0].begin(), space.states[0].end(), 0.0);
   const FeatureMap image = stem_input(call, sample, space);
   space.map = stream_map(stem_stream_, space.streams[0].data(), stem_.geometry().out_channels,
                          stem_height_, stem_width_);
@@ -361,13 +365,15 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
     const Block& block = blocks_[i];
     int32_t bits = block.fixed_bits;
     if (block.gate >= 0) {
-      bits = decide(block, call, output, sample, space);
+      bits = decide(block, call, sample, space);
       lap(output.gate_times, static_cast<size_t>(block.gate));
-      if (output.bits != nullptr) output.bits[sample * gates() + block.gate] = bits;
+      decisions[block.gate] = bits;
     }
     run_block(block, bits, space, threads);
     lap(times, 1 + i);
   }
+
+  output.cost[sample] = mean_cost(decisions, gates());
 
   pool_sample(space.map, 0, kernels(), space.gate_scratch.data(), space.means.data());
   std::transform(space.means.begin(), space.means.end(), space.pooled.begin(),
@@ -379,22 +385,17 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   lap(times, 1 + blocks_.size());
 }
 
-int32_t Engine::decide(const Block& block, const EngineCall& call, const EngineOutput& output,
-                       int64_t sample, Workspace& space) const {
-  const int64_t place = sample * gates() + block.gate;
-  if (call.policy != nullptr) return call.policy[place];
-  GateTask task;
-  task.features = space.map;
-  task.has_state = space.has_state;
-  task.state_before = space.states[0].data();
-  task.state_after = space.states[1].data();
-  task.choice_bias = call.choice_bias;
-  task.logits = output.gate_logits == nullptr ? space.gate_logits.data()
-                                              : output.gate_logits + place * choices();
-  task.scratch = space.gate_scratch.data();
-  const int32_t bits = gates_.decide(block.gate, task, kernels());
+int32_t Engine::decide(const Block& block, const EngineCall& call, int64_t sample,
+                       Workspace& space) const {
+  if (call.policy != nullptr) return call.policy[sample * gates() + block.gate];
+  GateStep step;
+  step.features = &space.map;
+  step.state_before = space.states[0].data();
+  step.state_after = space.states[1].data();
+  step.choice_bias = call.choice_bias == nullptr ? gates_.choice_bias().data() : call.choice_bias;
+  step.logits = space.gate_logits.data();
+  const int32_t bits = gates_.decide(block.gate, step, kernels(), space.gate_scratch.data());
   std::swap(space.states[0], space.states[1]);
-  space.has_state = true;
   return bits;
 }
 

@@ -19,13 +19,13 @@
 
 namespace dfs {
 
-// What a call writes; null where it is not wanted.
+// What a call writes.
 struct EngineOutput {
-  float* logits = nullptr;        // (N, classes)
-  int32_t* bits = nullptr;        // (N, gates)
-  double* gate_logits = nullptr;  // (N, gates, choices)
+  float* logits = nullptr;  // (N, classes)
+  int32_t* bits = nullptr;  // (N, gates)
+  double* cost = nullptr;   // (N), the mean over gates of (bits / 32)^2
   // Nanoseconds: (blocks + 2), the stem first, the classifier last; then those of the gates alone.
-  // Added to. Only for calls on one thread.
+  // Added to; null where they are not wanted. Only for calls on one thread.
   double* block_times = nullptr;
   double* gate_times = nullptr;
 };
@@ -77,8 +77,8 @@ class Engine {
                   Workspace& space, int threads) const;
   void run_block(const Block& block, int32_t bits, Workspace& space, int threads) const;
   void run_layer(const Layer& layer, const LayerCall& call, Workspace& space, int threads) const;
-  int32_t decide(const Block& block, const EngineCall& call, const EngineOutput& output,
-                 int64_t sample, Workspace& space) const;
+  int32_t decide(const Block& block, const EngineCall& call, int64_t sample,
+                 Workspace& space) const;
   void pool_stem(Workspace& space) const;
   std::unique_ptr<Workspace> make_workspace() const;
 
