@@ -40,6 +40,8 @@ struct EngineCall {
   int threads = 1;
 };
 
+class ThreadTeam;
+
 class Engine {
  public:
   // Throws std::invalid_argument for a network whose parts do not fit together.
@@ -74,9 +76,10 @@ class Engine {
   void plan();
   FeatureMap stem_input(const EngineCall& call, int64_t sample, Workspace& space) const;
   void run_sample(const EngineCall& call, const EngineOutput& output, int64_t sample,
-                  Workspace& space, int threads) const;
-  void run_block(const Block& block, int32_t bits, Workspace& space, int threads) const;
-  void run_layer(const Layer& layer, const LayerCall& call, Workspace& space, int threads) const;
+                  Workspace& space, ThreadTeam* team) const;
+  void run_block(const Block& block, int32_t bits, Workspace& space, ThreadTeam* team) const;
+  void run_layer(const Layer& layer, const LayerCall& call, Workspace& space,
+                 ThreadTeam* team) const;
   int32_t decide(const Block& block, const EngineCall& call, int64_t sample,
                  Workspace& space) const;
   void pool_stem(Workspace& space) const;
