@@ -13,6 +13,7 @@
 #include "mixed_conv2d_case.h"
 #include "operations.h"
 #include "random.h"
+#include "split_small_work.h"
 
 namespace dfs_test {
 namespace {
@@ -466,6 +467,45 @@ DFS_TEST(engine_equals_single_calls) {
       for (int32_t& width : policy) width = kChoices[static_cast<size_t>(random.integer(0, 3))];
       network.run_apart(policy.data(), bits, logits);
       check_run(network, engine, policy.data(), 2, bits, logits);
+    }
+  });
+}
+
+DFS_TEST(engine_shares_a_sample_among_threads) {
+  const SplitSmallWork split;
+  for_each_isa([] {
+    Random random(seed());
+    for (int i = 0; i < case_count(6); ++i) {
+      Network network(random);
+      const dfs::Engine engine(network.spec());
+      std::vector<int32_t> bits(static_cast<size_t>(kBatch * engine.gates()));
+      for (int32_t& width : bits) width = kChoices[static_cast<size_t>(random.integer(0, 3))];
+      const std::vector<int32_t> policy = bits;
+      std::vector<float> logits;
+      network.run_apart(policy.data(), bits, logits);
+      for (int64_t n = 0; n < kBatch; ++n) {
+        GuardedBuffer<float> got(static_cast<size_t>(engine.classes()));
+        GuardedBuffer<int32_t> got_bits(static_cast<size_t>(engine.gates()));
+        double cost = 0.0;
+        dfs::EngineCall call;
+        call.images = network.image_map();
+        call.images.values += n * call.images.stride_n;
+        call.batch = 1;
+        call.policy = policy.data() + n * engine.gates();
+        call.threads = 2;
+        dfs::EngineOutput output;
+        output.logits = got.data();
+        output.bits = got_bits.data();
+        output.cost = &cost;
+        engine.run(call, output);
+        got.check_guards("logits");
+        got_bits.check_guards("bits");
+        for (int64_t k = 0; k < engine.classes(); ++k) {
+          const float expected = logits[static_cast<size_t>(n * engine.classes() + k)];
+          CHECK(got[static_cast<size_t>(k)] == expected, "sample ", n, ", logit ", k, ": ",
+                got[static_cast<size_t>(k)], " instead of ", expected);
+        }
+      }
     }
   });
 }
