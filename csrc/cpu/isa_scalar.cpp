@@ -1,6 +1,7 @@
 // The portable kernels: plain loops that a compiler vectorizes for the baseline instruction set.
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/gate_units.h"
 #include "kernels/pooling.h"
 
@@ -14,6 +15,8 @@ const KernelTable kScalarKernels = {
     scalar::convert_scratch_bytes,
     scalar::convert_rows,
     scalar::convert_rows,
+    scalar::fake_quantize_values,
+    scalar::fake_quantize_gradients,
     scalar::sum_pixels,
     scalar::map_columns,
     scalar::lstm_units,

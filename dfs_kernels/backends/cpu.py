@@ -19,6 +19,7 @@ from dfs_kernels.packing import (
     new_codes,
     new_packed_codes,
 )
+from dfs_kernels.reference import step_share
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
@@ -76,6 +77,33 @@ def unpack_dequantize(packed: PackedActivation) -> Tensor:
     out = torch.empty(packed.shape, dtype=torch.float32)
     _cpu.unpack_dequantize(_feature_map(packed), _feature_map(out), packed.shape[0], _threads())
     return out
+
+
+def fake_quantize(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    x = _laid_out_like(out, x)
+    _cpu.fake_quantize(
+        x.data_ptr(), x.numel(), bits, scale.item(), zero_point.item(), out.data_ptr(), _threads()
+    )
+    return out
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, x: Tensor, bits: int, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x)
+    grad_output, x = _laid_out_like(out, grad_output), _laid_out_like(out, x)
+    total = _cpu.fake_quantize_backward(
+        grad_output.data_ptr(),
+        x.data_ptr(),
+        x.numel(),
+        bits,
+        scale.item(),
+        zero_point.item(),
+        out.data_ptr(),
+        _threads(),
+    )
+    return out, scale.new_tensor(total) * step_share(x.numel(), bits)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:
@@ -168,6 +196,13 @@ def rnn_gate(call: GateCall, out: GateStep) -> None:
 
 def _feature_map(x: Tensor | PackedActivation) -> Any:
     return native.feature_map(_cpu, x)
+
+
+def _laid_out_like(dense: Tensor, x: Tensor) -> Tensor:
+    """``x``, or a copy of it, with its values in the order that ``dense`` has them in memory."""
+    if x.stride() == dense.stride():
+        return x
+    return torch.empty_like(dense).copy_(x)
 
 
 def _threads() -> int:

@@ -12,6 +12,7 @@ from dfs_kernels import reference
 from dfs_kernels.geometry import ConvGeometry
 from dfs_kernels.packing import PackedConvWeight
 from dfs_kernels.reference import (
+    fake_quantize,
     mixed_conv2d,
     mixed_conv2d_backward,
     pack_bits,
@@ -22,6 +23,8 @@ from dfs_kernels.reference import (
 )
 
 __all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
     "info",
     "mixed_conv2d",
     "mixed_conv2d_backward",
@@ -49,6 +52,9 @@ def supports(device_type: str, options: Sequence[int]) -> bool:
 
 def info() -> dict[str, Any]:
     return {"torch": torch.__version__}
+
+
+fake_quantize_backward = reference.input_gradient
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:
