@@ -85,7 +85,7 @@ class RuleStage(Stage):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay(config, step, self.steps())
         self.optimizer.zero_grad()
-        self.accumulate(batch, loss_of)
+        accumulate(batch, config.micro_batches, loss_of)
         average_gradients(self.optimizer)
         self.optimizer.step()
         return dict(zip(("loss", "cost"), measured, strict=True))
