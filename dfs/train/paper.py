@@ -31,6 +31,7 @@ from dfs.train.stages import (
     ORACLE,
     Measured,
     Stage,
+    accumulate,
     decay,
     results_at_target,
     set_trainable,

@@ -139,9 +139,7 @@ class Stage:
         return own_part(training_batch(self.data, self.data.gate, size, seed, step))
 
 
-def accumulate(
-    batch: ImageSet, parts: int, *losses: Callable[[ImageSet], Tensor]
-) -> list[Tensor]:
+def accumulate(batch: ImageSet, parts: int, *losses: Callable[[ImageSet], Tensor]) -> list[Tensor]:
     """Back-propagate losses part by part; the means over the batch are what they amount to."""
     totals = [batch.images.new_zeros(()) for _ in losses]
     for index in torch.arange(len(batch), device=batch.images.device).chunk(parts):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
-from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.geometry import ConvGeometry, laid_out_like
 from dfs_kernels.packing import (
     PackedActivation,
     PackedConvWeight,
@@ -81,7 +81,7 @@ def unpack_dequantize(packed: PackedActivation) -> Tensor:
 
 def fake_quantize(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    x = _laid_out_like(out, x)
+    x = laid_out_like(x, out)
     _cpu.fake_quantize(
         x.data_ptr(), x.numel(), bits, scale.item(), zero_point.item(), out.data_ptr(), _threads()
     )
@@ -92,7 +92,7 @@ def fake_quantize_backward(
     grad_output: Tensor, x: Tensor, bits: int, scale: Tensor, zero_point: Tensor
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x)
-    grad_output, x = _laid_out_like(out, grad_output), _laid_out_like(out, x)
+    grad_output, x = laid_out_like(grad_output, out), laid_out_like(x, out)
     total = _cpu.fake_quantize_backward(
         grad_output.data_ptr(),
         x.data_ptr(),
@@ -196,13 +196,6 @@ def rnn_gate(call: GateCall, out: GateStep) -> None:
 
 def _feature_map(x: Tensor | PackedActivation) -> Any:
     return native.feature_map(_cpu, x)
-
-
-def _laid_out_like(dense: Tensor, x: Tensor) -> Tensor:
-    """``x``, or a copy of it, with its values in the order that ``dense`` has them in memory."""
-    if x.stride() == dense.stride():
-        return x
-    return torch.empty_like(dense).copy_(x)
 
 
 def _threads() -> int:

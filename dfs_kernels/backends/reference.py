@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import reference
-from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.geometry import ConvGeometry, laid_out_like
 from dfs_kernels.packing import PackedConvWeight
 from dfs_kernels.reference import (
     fake_quantize,
@@ -54,7 +54,11 @@ def info() -> dict[str, Any]:
     return {"torch": torch.__version__}
 
 
-fake_quantize_backward = reference.input_gradient
+def fake_quantize_backward(
+    grad_output: Tensor, x: Tensor, bits: int, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_scale = reference.input_gradient(grad_output, x, bits, scale, zero_point)
+    return laid_out_like(grad_x, torch.empty_like(x)), grad_scale
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:
