@@ -28,9 +28,9 @@ void unpack_dequantize(const FeatureMap& src, const FeatureMap& dst, int64_t bat
 void fake_quantize(const float* values, int64_t count, const FakeQuantizer& quantizer,
                    float* result, int threads);
 
-// The straight-through gradient of the values, from that of what fake_quantize gives, and, returned,
-// the sum over the values of gradient times slope: that of the scale, before it is divided by a
-// root. The sum is in float64, in an order that depends on `count` only.
+// The straight-through gradient of the values, from that of what fake_quantize gives, and,
+// returned, the sum over the values of gradient times slope: that of the scale, before it is
+// divided by a root. The sum is in float64, in an order that depends on `count` only.
 double fake_quantize_backward(const float* grads, const float* values, int64_t count,
                               const FakeQuantizer& quantizer, float* result, int threads);
 
