@@ -1,4 +1,5 @@
 // For processors with AVX2 and FMA but without VNNI.
+#include "kernels/code_steps.h"
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
@@ -25,6 +26,7 @@ const KernelTable kAvx2Kernels = {
     avx2::quantize_filter,
     avx2::vector_tile_bytes,
     avx2::vector_retile,
+    avx2::find_code_steps,
     avx2::vector_conv_scratch_bytes,
     avx2::vector_conv_rows,
     avx2::skip_rows,

@@ -1,4 +1,5 @@
 // For processors with AVX-512, VNNI and VBMI.
+#include "kernels/code_steps.h"
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
@@ -25,6 +26,7 @@ const KernelTable kAvx512VbmiKernels = {
     avx512_vbmi::quantize_filter,
     avx512_vbmi::vector_tile_bytes,
     avx512_vbmi::vector_retile,
+    avx512_vbmi::find_code_steps,
     avx512_vbmi::vector_conv_scratch_bytes,
     avx512_vbmi::vector_conv_rows,
     avx512_vbmi::skip_rows,

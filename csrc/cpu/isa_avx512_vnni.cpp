@@ -1,4 +1,5 @@
 // For processors with AVX-512 and VNNI.
+#include "kernels/code_steps.h"
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
@@ -25,6 +26,7 @@ const KernelTable kAvx512VnniKernels = {
     avx512_vnni::quantize_filter,
     avx512_vnni::vector_tile_bytes,
     avx512_vnni::vector_retile,
+    avx512_vnni::find_code_steps,
     avx512_vnni::vector_conv_scratch_bytes,
     avx512_vnni::vector_conv_rows,
     avx512_vnni::skip_rows,

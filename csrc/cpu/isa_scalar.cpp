@@ -1,4 +1,5 @@
 // The portable kernels: plain loops that a compiler vectorizes for the baseline instruction set.
+#include "kernels/code_steps.h"
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/fake_quantize.h"
@@ -23,6 +24,7 @@ const KernelTable kScalarKernels = {
     scalar::quantize_filter,
     scalar::filter_tile_bytes,
     scalar::retile_filters,
+    scalar::find_code_steps,
     scalar::conv_scratch_bytes,
     scalar::conv_rows,
     scalar::skip_rows,

@@ -20,7 +20,13 @@ struct ConvTask {
   const float* multiplier = nullptr;      // (O), m of y = acc * m + c
   const float* offset = nullptr;          // (O), c
   const uint8_t* residual_row = nullptr;  // a packed residual's row, perhaps a copy of it
+  // (4, O), or null. Of a layer at 2 bits, whose output has 2 bits too, a zero point of 0 and no
+  // residual: the sums from which its codes are at least 1, 2 and 3 (0x7fff: none), and what bits
+  // of a sum are flipped before, all where codes fall as sums grow.
+  const int16_t* code_steps = nullptr;
 };
+
+constexpr int kCodeSteps = 3;
 
 // Float weights of one width, quantized and dequantized, arranged for the gradient of the input.
 struct BackwardWeight {
@@ -76,6 +82,10 @@ struct KernelTable {
   size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits, bool centred);
   void (*retile_weight)(const ConvGeometry& geometry, const uint8_t* canonical, int32_t bits,
                         bool centred, void* tile);
+
+  // ConvTask::code_steps for an output whose zero point at 2 bits is 0; sums fit 15 bits and a sign.
+  void (*find_code_steps)(const float* multiplier, const float* offset, int64_t channels,
+                          const Quantizer& output, int16_t* steps);
 
   size_t (*conv_scratch_bytes)(const MixedConv2dArgs& args, int32_t bits);
   void (*conv_rows)(const ConvTask& task, void* scratch);

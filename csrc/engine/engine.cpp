@@ -169,6 +169,9 @@ Engine::Engine(const NetworkSpec& spec)
     Block block;
     for (const LayerSpec& layer : from.layers) block.layers.emplace_back(layer, kernels());
     for (const LayerSpec& layer : from.shortcut) block.shortcut.emplace_back(layer, kernels());
+    for (size_t i = 0; i + 1 < block.layers.size(); ++i) {
+      block.layers[i].expect_output(block.layers[i + 1].input_quantizer());
+    }
     block.stream = from.stream;
     block.fixed_bits = from.fixed_bits;
     if (from.fixed_bits < 0) block.gate = gate_index++;

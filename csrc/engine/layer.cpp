@@ -80,6 +80,17 @@ double Layer::nanoseconds(int32_t bits, int64_t out_pixels) const {
   return static_cast<double>(macs) * table_->nanoseconds_per_mac[index];
 }
 
+void Layer::expect_output(const Quantizer& output) {
+  constexpr int32_t kBits = 2;
+  const int index = index_of(weight_.widths, kBits);
+  const int out_index = index_of(output.widths, kBits);
+  if (index < 0 || out_index < 0 || output.zero_point[out_index] != 0) return;
+  const int64_t outputs = geometry_.out_channels;
+  code_steps_.resize(static_cast<size_t>((kCodeSteps + 1) * outputs));
+  table_->find_code_steps(multiplier_.data() + index * outputs, offset_.data() + index * outputs,
+                          outputs, output, code_steps_.data());
+}
+
 MixedConv2dArgs Layer::args_of(const LayerCall& call) const {
   MixedConv2dArgs args;
   args.batch = 1;
@@ -115,6 +126,10 @@ void Layer::run_rows(const LayerCall& call, int64_t row_begin, int64_t row_end,
   task.tile = weight_.tiles[index];
   task.multiplier = multiplier_.data() + index * geometry_.out_channels;
   task.offset = offset_.data() + index * geometry_.out_channels;
+  if (call.bits == 2 && call.residual == nullptr && is_packed(call.output) &&
+      !code_steps_.empty()) {
+    task.code_steps = code_steps_.data();
+  }
   table_->conv_rows(task, scratch);
 }
 

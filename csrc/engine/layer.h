@@ -49,6 +49,10 @@ class Layer {
   size_t weight_bytes() const;
   double nanoseconds(int32_t bits, int64_t out_pixels) const;
 
+  // Tells beforehand what quantizes the output of calls without a residual, so that 2-bit codes can
+  // be compared for instead of computed.
+  void expect_output(const Quantizer& output);
+
   size_t scratch_bytes(const LayerCall& call) const;
   void run_rows(const LayerCall& call, int64_t row_begin, int64_t row_end, void* scratch) const;
 
@@ -63,6 +67,7 @@ class Layer {
   std::vector<int32_t> input_zero_point_;
   std::vector<float> multiplier_;
   std::vector<float> offset_;
+  std::vector<int16_t> code_steps_;  // see ConvTask
 };
 
 }  // namespace dfs

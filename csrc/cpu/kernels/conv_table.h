@@ -343,7 +343,39 @@ struct TableMultiply {
     }
   }
 
-  // Codes of output channels [channel, channel + channels) as planes.
+  // Codes of output channels [channel, channel + channels) as planes, by ConvTask::code_steps.
+  void step_planes(const int16_t* steps, int64_t pixels, int64_t channel, int64_t channels) const {
+    const int64_t outputs = shape->window.geometry.out_channels;
+    const __m128i doubling = _mm_cvtsi32_si128(centred ? 1 : 0);
+    const __m512i one = _mm512_set1_epi16(1);
+    for (int64_t o = channel; o < channel + channels; ++o) {
+      const __m512i correction =
+          _mm512_set1_epi16(static_cast<int16_t>(-zero_point * level_sums[o]));
+      __m512i limits[kCodeSteps];
+      unroll<kCodeSteps>([&](auto k) { limits[k] = _mm512_set1_epi16(steps[k * outputs + o]); });
+      const __m512i flip = _mm512_set1_epi16(steps[kCodeSteps * outputs + o]);
+      const auto codes_of = [&](__m512i sum, __m512i pixel_base) {
+        const __m512i shifted = _mm512_add_epi16(pixel_base, correction);
+        const __m512i value =
+            _mm512_xor_si512(_mm512_add_epi16(_mm512_sll_epi16(sum, doubling), shifted), flip);
+        __m512i code = _mm512_setzero_si512();
+        unroll<kCodeSteps>([&](auto k) {
+          code = _mm512_mask_add_epi16(code, _mm512_cmpge_epi16_mask(value, limits[k]), code, one);
+        });
+        return code;
+      };
+      for (int64_t v = 0; v * kTableLanes < pixels; ++v) {
+        const PixelSums& base = scratch->bases[v];
+        const PixelSums& products = scratch->sums[(o - channel) * kTableVectors + v];
+        const __m512i even = codes_of(products.even, base.even);
+        const __m512i odd = codes_of(products.odd, base.odd);
+        _mm512_storeu_si512(scratch->planes.planes + o * kTablePixels + v * kTableLanes,
+                            _mm512_or_si512(even, _mm512_slli_epi16(odd, 8)));
+      }
+    }
+  }
+
+  // The same by floats, at any width and with a residual.
   void finish_planes(const VectorEpilogue& epilogue, int64_t pixels, int64_t channel,
                      int64_t channels) const {
     const __m128i doubling = _mm_cvtsi32_si128(centred ? 1 : 0);
@@ -469,8 +501,12 @@ inline void conv_table(const ConvTask& task, void* memory) {
         const int64_t channels = round_up(min_of(g.out_channels - channel, kTableSpan), kLanes);
         multiply.sum(first, count, channel, channels);
         if (as_planes) {
-          multiply.finish_planes(epilogue, count, channel,
-                                 min_of(g.out_channels - channel, kTableSpan));
+          const int64_t used = min_of(g.out_channels - channel, kTableSpan);
+          if (task.code_steps != nullptr) {
+            multiply.step_planes(task.code_steps, count, channel, used);
+          } else {
+            multiply.finish_planes(epilogue, count, channel, used);
+          }
           continue;
         }
         for (int64_t o = 0; o < channels; o += kLanes) {
