@@ -24,6 +24,7 @@ from dfs.data.picture import PictureError
 from dfs.engine import Engine, freeze, load_engine, time_engine
 from dfs.engine.budget import BudgetCurve
 from dfs.latency import LatencyTable
+from dfs.launch import describe_waiting
 from dfs.models import DynamicResNet, build_model
 from dfs.nn import replicas
 from dfs.predict import Predictor, predictions_table
@@ -645,6 +646,7 @@ def info(as_json: Json = False) -> None:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "waiting": describe_waiting(),
         "available_backends": list(available_backends()),
         "backends": backends,
         "gpus": gpus,

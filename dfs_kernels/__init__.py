@@ -3,6 +3,7 @@
 from dfs_kernels.backends import available_backends, backend_info, use_backend
 from dfs_kernels.block import BlockConv, BlockOutput
 from dfs_kernels.functional import (
+    fake_quantize,
     gated_block,
     mixed_conv2d,
     mixed_conv2d_,
@@ -25,6 +26,7 @@ __all__ = [
     "RNNGateWeights",
     "available_backends",
     "backend_info",
+    "fake_quantize",
     "gated_block",
     "mixed_conv2d",
     "mixed_conv2d_",

@@ -41,7 +41,7 @@ from dfs_kernels.packing import (
     resolve_levels,
 )
 from dfs_kernels.triton.tuning import tuning
-from dfs_kernels.widths import KERNEL_WIDTHS, check_accumulator
+from dfs_kernels.widths import INTEGER_WIDTHS, KERNEL_WIDTHS, check_accumulator
 
 
 def pack_bits(codes: Tensor, bits: int, *, backend: str | None = None) -> Tensor:
@@ -140,6 +140,50 @@ def quantize_pack(
     return PackedActivation(
         data, samples, quantizer.scale.detach(), quantizer.zero_point, options, *input.shape[1:]
     )
+
+
+def fake_quantize(
+    input: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, backend: str | None = None
+) -> Tensor:
+    """The values that storing a tensor at one width leaves, with straight-through gradients.
+
+    Args:
+        input: floating, any shape. Its gradient passes where the value is in range.
+        scale: floating, 0-dimensional. It gets the gradient of Esser et al. (ICLR 2020), section
+            2.1, scaled by 1/sqrt(elements * (2^bits - 1)); the sum over the elements is in float64,
+            in an order that the number of threads does not change.
+        zero_point: int32, 0-dimensional.
+        bits: 1 to 16.
+        backend: one of :func:`available_backends`, or None for the default. The
+            reference serves those for GPUs.
+
+    Returns:
+        float32, of the input's shape.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for a CPU also for a scale outside
+            [2^-126, 2^126] and a zero point outside [0, 2^bits - 1].
+    """
+    for value, name in ((input, "input"), (scale, "scale"), (zero_point, "zero_point")):
+        _check_tensor(value, name)
+    for value, name in ((input, "input"), (scale, "scale")):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if zero_point.dtype != torch.int32:
+        raise TypeError(f"zero_point must be int32, got {zero_point.dtype}")
+    for value, name in ((scale, "scale"), (zero_point, "zero_point")):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be 0-dimensional, got {tuple(value.shape)}")
+    if isinstance(bits, bool) or bits not in INTEGER_WIDTHS:
+        raise ValueError(f"bits must be 1 to 16, got {bits!r}")
+    # Any width will do, so that none is named.
+    name = backends.select_name("fake_quantize", backend, input.device, ())
+    if name != "cpu":
+        name = "reference"
+    result: Tensor = torch.ops.dfs.fake_quantize(
+        input.to(torch.float32), scale.to(torch.float32), zero_point, bits=bits, backend=name
+    )
+    return result
 
 
 def unpack_dequantize(packed: PackedActivation, *, backend: str | None = None) -> Tensor:

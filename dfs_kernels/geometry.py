@@ -143,3 +143,12 @@ class ConvGeometry:
 def wants_channels_last(input: Tensor) -> bool:
     """Whether a result should be channels_last: the input is that and not contiguous."""
     return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+
+
+def laid_out_like(x: Tensor, dense: Tensor) -> Tensor:
+    """``x``, or a copy of it, with its values in the order that ``dense`` has them in memory.
+
+    Args:
+        dense: of x's shape, without gaps, as :func:`torch.empty_like` gives it.
+    """
+    return x if x.stride() == dense.stride() else torch.empty_like(dense).copy_(x)

@@ -254,6 +254,81 @@ def _(
     return buffer.new_empty(size)
 
 
+# Quantization in float
+
+
+@torch.library.custom_op(
+    "dfs::fake_quantize",
+    mutates_args=(),
+    schema="(Tensor input, Tensor scale, Tensor zero_point, *, int bits, str backend) -> Tensor",
+)
+def fake_quantize_op(
+    input: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, backend: str
+) -> Tensor:
+    if _may_read(input):
+        Quantizer((bits,), scale.reshape(1), zero_point.reshape(1)).check_values("")
+    module = backends.load(backend)
+    result: Tensor = module.fake_quantize(input.detach(), bits, scale.detach(), zero_point)
+    return result
+
+
+@fake_quantize_op.register_fake
+def _(input: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, backend: str) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.custom_op(
+    "dfs::fake_quantize_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor input, Tensor scale, Tensor zero_point, *, int bits, "
+    "str backend) -> (Tensor, Tensor)",
+)
+def fake_quantize_backward_op(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    module = backends.load(backend)
+    grad_input, grad_scale = module.fake_quantize_backward(
+        grad_output.detach(), input.detach(), bits, scale.detach(), zero_point
+    )
+    return grad_input, grad_scale
+
+
+@fake_quantize_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input), torch.empty_like(scale)
+
+
+def _setup_fake_quantize(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.arguments = keyword_only_inputs
+
+
+def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_input, grad_scale = torch.ops.dfs.fake_quantize_backward(
+        grad, *ctx.saved_tensors, **ctx.arguments
+    )
+    return grad_input, grad_scale, None
+
+
+fake_quantize_op.register_autograd(_fake_quantize_backward, setup_context=_setup_fake_quantize)
+
+
 # Mixed convolution
 
 

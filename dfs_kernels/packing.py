@@ -93,12 +93,17 @@ class Quantizer:
         return self.scale[index], self.zero_point[index]
 
     def check_values(self, name: str) -> None:
-        """Refuse scales and zero points out of range. Reads the values."""
-        check_scales(self.scale, self.options, f"{name}_scale")
+        """Refuse scales and zero points out of range. Reads the values.
+
+        Args:
+            name: what the arguments' names start with, or "".
+        """
+        prefix = f"{name}_" if name else ""
+        check_scales(self.scale, self.options, f"{prefix}scale")
         for bits, z in zip(self.options, self.zero_point.tolist(), strict=True):
             if bits != 32 and not 0 <= z < 1 << bits:
                 raise ValueError(
-                    f"{name}_zero_point must lie in [0, {(1 << bits) - 1}] at {bits} bits, got {z}"
+                    f"{prefix}zero_point must lie in [0, {(1 << bits) - 1}] at {bits} bits, got {z}"
                 )
 
     def to(self, device: torch.device | str) -> Quantizer:

@@ -93,6 +93,12 @@ def dequantize_weight(levels: Tensor, scale: Tensor, centred: bool) -> Tensor:
     return levels * step.view(-1, *[1] * (levels.dim() - 1))
 
 
+def fake_quantize(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The float32 values that quantizing leaves."""
+    codes = quantize_activation(x, bits, scale, zero_point)
+    return dequantize_activation(codes, scale, zero_point)
+
+
 # Packed activations: rows of one sample each
 
 
@@ -191,8 +197,13 @@ def input_gradient(
     hi = activation_max(bits) - zero_point.to(x.dtype)
     inside = (lo <= t) & (t <= hi)
     slope = torch.where(inside, torch.round(t) - t, t.clamp(lo, hi))
-    share = (x.numel() * activation_max(bits)) ** -0.5
-    return grad_xq * inside, (grad_xq * slope).sum(dtype=torch.float64).to(x.dtype) * share
+    total = (grad_xq * slope).sum(dtype=torch.float64)
+    return grad_xq * inside, total.to(x.dtype) * step_share(x.numel(), bits)
+
+
+def step_share(count: int, bits: int) -> float:
+    """What the gradient of an input step is scaled by, of ``count`` values (section 2.2 there)."""
+    return (max(count, 1) * activation_max(bits)) ** -0.5
 
 
 def weight_gradient(

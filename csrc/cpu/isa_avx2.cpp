@@ -3,6 +3,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/gate_units.h"
 #include "kernels/peak.h"
 #include "kernels/pooling.h"
@@ -17,6 +18,8 @@ const KernelTable kAvx2Kernels = {
     avx2::convert_scratch_bytes,
     avx2::convert_rows,
     avx2::convert_rows,
+    avx2::fake_quantize_values,
+    avx2::fake_quantize_gradients,
     avx2::sum_pixels,
     avx2::map_columns,
     avx2::lstm_units,

@@ -3,6 +3,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/gate_units.h"
 #include "kernels/peak.h"
 #include "kernels/pooling.h"
@@ -17,6 +18,8 @@ const KernelTable kAvx512VbmiKernels = {
     avx512_vbmi::convert_scratch_bytes,
     avx512_vbmi::convert_rows,
     avx512_vbmi::convert_rows,
+    avx512_vbmi::fake_quantize_values,
+    avx512_vbmi::fake_quantize_gradients,
     avx512_vbmi::sum_pixels,
     avx512_vbmi::map_columns,
     avx512_vbmi::lstm_units,

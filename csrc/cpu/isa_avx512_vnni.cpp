@@ -3,6 +3,7 @@
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
 #include "kernels/conv_vector.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/gate_units.h"
 #include "kernels/peak.h"
 #include "kernels/pooling.h"
@@ -17,6 +18,8 @@ const KernelTable kAvx512VnniKernels = {
     avx512_vnni::convert_scratch_bytes,
     avx512_vnni::convert_rows,
     avx512_vnni::convert_rows,
+    avx512_vnni::fake_quantize_values,
+    avx512_vnni::fake_quantize_gradients,
     avx512_vnni::sum_pixels,
     avx512_vnni::map_columns,
     avx512_vnni::lstm_units,

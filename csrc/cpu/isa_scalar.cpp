@@ -2,6 +2,7 @@
 #include "kernels/code_steps.h"
 #include "kernels/conv_gradients.h"
 #include "kernels/conv_rows.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/gate_units.h"
 #include "kernels/pooling.h"
 
@@ -15,6 +16,8 @@ const KernelTable kScalarKernels = {
     scalar::convert_scratch_bytes,
     scalar::convert_rows,
     scalar::convert_rows,
+    scalar::fake_quantize_values,
+    scalar::fake_quantize_gradients,
     scalar::sum_pixels,
     scalar::map_columns,
     scalar::lstm_units,

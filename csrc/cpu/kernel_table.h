@@ -57,6 +57,13 @@ struct KernelTable {
   void (*dequantize_rows)(const FeatureMap& src, const FeatureMap& dst, int64_t sample,
                           int64_t row_begin, int64_t row_end, void* scratch);
 
+  // Quantized and dequantized; and from gradients of that those of the values, and the unscaled one
+  // of the scale, which is returned.
+  void (*fake_quantize)(const float* values, int64_t count, const FakeQuantizer& quantizer,
+                        float* result);
+  double (*fake_quantize_backward)(const float* grads, const float* values, int64_t count,
+                                   const FakeQuantizer& quantizer, float* result);
+
   // Sums (channels) over `pixels` runs of bytes.
   void (*sum_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t* sums);
 

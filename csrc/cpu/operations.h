@@ -24,6 +24,16 @@ void quantize_pack(const FeatureMap& src, const FeatureMap& dst, int64_t batch, 
 // Back to a float map; a row of width 0 gives zeros.
 void unpack_dequantize(const FeatureMap& src, const FeatureMap& dst, int64_t batch, int threads);
 
+// The values that quantizing leaves of `count` floats; NaN becomes the lowest.
+void fake_quantize(const float* values, int64_t count, const FakeQuantizer& quantizer,
+                   float* result, int threads);
+
+// The straight-through gradient of the values, from that of what fake_quantize gives, and,
+// returned, the sum over the values of gradient times slope: that of the scale, before it is
+// divided by a root. The sum is in float64, in an order that depends on `count` only.
+double fake_quantize_backward(const float* grads, const float* values, int64_t count,
+                              const FakeQuantizer& quantizer, float* result, int threads);
+
 // (O, Cg, KH, KW) float32 -> canonical packed weights; scale is (O).
 void quantize_weight(const float* weight, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
                      int64_t group_channels, const float* scale, int32_t bits, bool centred,

@@ -145,6 +145,24 @@ void bind_operations(py::module_& module) {
   module.def("unpack_dequantize", &dfs::unpack_dequantize, "src"_a, "dst"_a, "batch"_a, "threads"_a,
              Unlocked());
   module.def(
+      "fake_quantize",
+      [](Address values, int64_t count, int32_t bits, float scale, int32_t zero_point, Address out,
+         int threads) {
+        dfs::fake_quantize(pointer<const float>(values), count, {bits, scale, zero_point},
+                           pointer<float>(out), threads);
+      },
+      "values"_a, "count"_a, "bits"_a, "scale"_a, "zero_point"_a, "out"_a, "threads"_a, Unlocked());
+  module.def(
+      "fake_quantize_backward",
+      [](Address grads, Address values, int64_t count, int32_t bits, float scale,
+         int32_t zero_point, Address out, int threads) {
+        return dfs::fake_quantize_backward(pointer<const float>(grads),
+                                           pointer<const float>(values), count,
+                                           {bits, scale, zero_point}, pointer<float>(out), threads);
+      },
+      "grads"_a, "values"_a, "count"_a, "bits"_a, "scale"_a, "zero_point"_a, "out"_a, "threads"_a,
+      Unlocked());
+  module.def(
       "quantize_weight",
       [](Address weight, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
          int64_t group_channels, Address scale, int32_t bits, bool centred, Address out,

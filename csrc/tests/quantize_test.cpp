@@ -7,6 +7,7 @@
 #include "naive.h"
 #include "operations.h"
 #include "random.h"
+#include "split_small_work.h"
 
 namespace dfs_test {
 namespace {
@@ -198,6 +199,67 @@ DFS_TEST(quantize_rounds_ties_to_even) {
       CHECK(codes[i] == expected[i], "x = ", x[i], ": ", int{codes[i]});
     }
   });
+}
+
+DFS_TEST(fake_quantize_matches_the_definition) {
+  const SplitSmallWork split;
+  for_each_isa([] {
+    Random random(seed());
+    for (int i = 0; i < 60; ++i) {
+      dfs::FakeQuantizer quantizer;
+      quantizer.bits = static_cast<int32_t>(random.integer(1, 16));
+      quantizer.scale = random.uniform(0.01f, 0.5f);
+      const int64_t top = (int64_t{1} << quantizer.bits) - 1;
+      quantizer.zero_point = static_cast<int32_t>(random.integer(0, top));
+      // Some longer than a block of the gradient's sums, one longer than a task.
+      const int64_t count = i == 0 ? 40000 : random.integer(0, 700);
+      GuardedBuffer<float> values(static_cast<size_t>(count));
+      GuardedBuffer<float> grads(static_cast<size_t>(count));
+      for (size_t k = 0; k < values.size(); ++k) {
+        values[k] = draw_value(random, quantizer.scale);
+        grads[k] = random.uniform(-1.0f, 1.0f);
+      }
+      const float low = static_cast<float>(-quantizer.zero_point);
+      const float high = static_cast<float>(top - quantizer.zero_point);
+      double first_sum = 0.0;
+      for (int threads = 1; threads <= 3; ++threads) {
+        GuardedBuffer<float> result(values.size());
+        GuardedBuffer<float> grad_values(values.size());
+        dfs::fake_quantize(values.data(), count, quantizer, result.data(), threads);
+        const double sum = dfs::fake_quantize_backward(grads.data(), values.data(), count,
+                                                       quantizer, grad_values.data(), threads);
+        result.check_guards("values");
+        grad_values.check_guards("gradients");
+        double expected_sum = 0.0;
+        double magnitude = 0.0;
+        for (size_t k = 0; k < values.size(); ++k) {
+          const int code =
+              naive_code(values[k], quantizer.scale, quantizer.zero_point, quantizer.bits);
+          const float expected = naive_value(code, quantizer.scale, quantizer.zero_point);
+          CHECK(result[k] == expected, "bits ", quantizer.bits, " value ", values[k]);
+          const float t = values[k] * (1.0f / quantizer.scale);
+          const bool inside = t >= low && t <= high;
+          CHECK(grad_values[k] == (inside ? grads[k] : 0.0f), "gradient of ", values[k]);
+          const float slope = inside ? std::nearbyint(t) - t : naive_clamp(t, low, high);
+          const float term = grads[k] * slope;
+          expected_sum += static_cast<double>(term);
+          magnitude += std::fabs(static_cast<double>(term));
+        }
+        CHECK(std::fabs(sum - expected_sum) <= 1e-12 * magnitude, "sum ", sum);
+        if (threads == 1) first_sum = sum;
+        CHECK(sum == first_sum, "threads change the sum");
+      }
+    }
+  });
+}
+
+DFS_TEST(fake_quantize_rejects_other_widths) {
+  float value = 0.0f;
+  for (const int32_t bits : {0, 17, 32}) {
+    const std::string message =
+        rejection_of([&] { dfs::fake_quantize(&value, 1, {bits, 1.0f, 0}, &value, 1); });
+    CHECK(message.find("bits must lie in [1, 16]") != std::string::npos, message);
+  }
 }
 
 DFS_TEST(quantize_rejects_widths_without_a_scale) {

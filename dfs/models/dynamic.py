@@ -80,6 +80,22 @@ class DynamicOutput(NamedTuple):
     gate_logits: Tensor | None
 
 
+class _SeesCandidates(torch.autograd.Function):
+    """The value stays that of the chosen widths; the mask sees what each would have given."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, mask: Tensor, *candidates: Tensor) -> Tensor:
+        ctx.save_for_backward(*candidates)
+        ctx.mask_dtype = mask.dtype
+        return chosen.view_as(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        candidates = ctx.saved_tensors
+        seen = [(grads[0] * candidate).flatten(1).sum(1) for candidate in candidates]
+        return grads[0], torch.stack(seen, 1).to(ctx.mask_dtype), *(None for _ in candidates)
+
+
 class DynamicResNet(nn.Module):
     """A residual network whose gate picks a bitwidth per image and block.
 
@@ -340,12 +356,8 @@ class DynamicResNet(nn.Module):
             return self._mixture(block, stream, decision.mask)
         result: Tensor = block(stream, decision.bits)
         if gate_gradient:
-            # The value stays that of the chosen widths; the mask sees what each would have given.
-            with torch.no_grad():
-                candidates = [self._candidate(block, stream, width) for width in self.choices]
-            shift = decision.mask - decision.mask.detach()
-            for i, candidate in enumerate(candidates):
-                result = result + shift[:, i].view(-1, 1, 1, 1) * candidate
+            candidates = block.candidates(stream, self.choices)
+            result = _SeesCandidates.apply(result, decision.mask, *candidates)
         return result
 
     def classify(self, stream: Stream) -> Tensor:
@@ -407,17 +419,6 @@ class DynamicResNet(nn.Module):
         result = torch.zeros((), device=stream.device)
         for i, width in enumerate(self.choices):
             result = result + mask[:, i].view(-1, 1, 1, 1) * block(stream, width)
-        return result
-
-    def _candidate(self, block: ResidualBlock, stream: Tensor, width: int) -> Tensor:
-        """What a block gives at one width for every sample, by its running statistics."""
-        norms = [m for m in block.modules() if isinstance(m, PerWidthBatchNorm2d)]
-        modes = [norm.training for norm in norms]
-        for norm in norms:
-            norm.training = False
-        result: Tensor = block(stream, width)
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.training = mode
         return result
 
     def macs(self, height: int, width: int) -> LayerMacs:

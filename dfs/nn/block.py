@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dfs.nn.conv import DFSConv2d
 from dfs.nn.folded import Bits, FoldedConv, Stream
 from dfs.nn.norm import PerWidthBatchNorm2d
+from dfs.nn.sample_order import SampleOrder
 from dfs.nn.semantics import Semantics
 from dfs.nn.shapes import BlockShape, ConvShape
 from dfs.nn.stream import StreamQuantizer
@@ -109,15 +110,50 @@ class ResidualBlock(nn.Module):
         Args:
             bits: an int, a tensor (N,), or None for the full-precision network.
         """
+        return self.finish(x, self.branch(x, bits), bits)
+
+    def branch(self, x: Tensor, bits: Bits | None) -> Tensor:
+        """The branch in float, 0 for a skipped sample."""
+        order = None
+        if isinstance(bits, Tensor) and bits.device.type == "cpu":
+            # Once here instead of in every BatchNorm. A GPU would be waited for.
+            order = SampleOrder.of(bits)
+            x, bits = order.sort(x), order.sort(bits)
         hidden = x
         for i, (conv, norm) in enumerate(self.layers()):
             hidden = norm(conv(torch.relu(hidden) if i else hidden, bits), bits)
-        return self.finish(x, hidden, bits)
+        return hidden if order is None else order.restore(hidden)
+
+    @torch.no_grad()
+    def candidates(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """What the block gives at each width, by running statistics; skipping as in ``default``.
+
+        Args:
+            x: the stream (N, C, H, W), as the stream's quantizer leaves it.
+        """
+        norms = [m for m in self.modules() if isinstance(m, PerWidthBatchNorm2d)]
+        modes = [norm.training for norm in norms]
+        for norm in norms:
+            norm.training = False
+        carried = self.carry(x)
+        results = []
+        for width in widths:
+            if width == 0 and not self.downsamples:
+                # Quantizing again changes nothing.
+                results.append(x)
+                continue
+            y = self.branch(x, width) if width else x.new_zeros(())
+            results.append(self._combine(carried, y, width))
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training = mode
+        return results
 
     def finish(self, x: Tensor, y: Tensor, bits: Bits | None) -> Tensor:
         """Add the branch ``y``, 0 for a skipped sample, to the stream ``x``."""
-        carried = self.carry(x, bits)
-        result = torch.relu(carried + y)
+        return self._combine(self.carry(x, bits), y, bits)
+
+    def _combine(self, carried: Tensor, y: Tensor, bits: Bits | None) -> Tensor:
+        result = (carried + y).relu_()
         if bits is None:
             return result
         if self.semantics.paper_skipping:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs.nn import replicas
+from dfs.nn.sample_order import SampleOrder
 from dfs_kernels.widths import check_options
 
 
@@ -67,15 +68,29 @@ class PerWidthBatchNorm2d(nn.Module):
             return x if bits == 0 else self._normalize(x, self._entry_of(bits))
         if bits.is_cuda and not replicas.active():
             return self._normalize_by_mask(x, bits)
+        if self.training and replicas.active():
+            return self._normalize_together(x, bits)
+        return self._normalize_runs(x, bits)
+
+    def _normalize_runs(self, x: Tensor, bits: Tensor) -> Tensor:
+        """The samples of each entry as a slice of the batch in the order of the entries."""
+        entry = torch.full_like(bits, -1)
+        for i in range(len(self.entries)):
+            entry.masked_fill_(self._holds(i, bits), i)
+        order = SampleOrder.of(entry)
+        counts = torch.bincount(entry + 1, minlength=len(self.entries) + 1).tolist()
+        skipped, *parts = order.sort(x).split(counts)
+        parts = [self._normalize(part, i) for i, part in enumerate(parts) if len(part)]
+        if len(skipped):
+            parts.insert(0, skipped)
+        return order.restore(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _normalize_together(self, x: Tensor, bits: Tensor) -> Tensor:
+        """The same where every process takes part in the statistics of every entry."""
         result = x
         for i in range(len(self.entries)):
             rows = self.rows_of(i, bits)
-            # With slices, every process takes part in the statistics of every width.
-            together = self.training and replicas.active()
-            if rows.numel() == x.shape[0] and not together:
-                return self._normalize(x, i)
-            if rows.numel() or together:
-                result = result.index_copy(0, rows, self._normalize(x[rows], i))
+            result = result.index_copy(0, rows, self._normalize(x[rows], i))
         return result
 
     def rows_of(self, entry: int, bits: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs.nn.fake_quant import fake_quantize
 from dfs.nn.shapes import PoolShape
-from dfs_kernels import PackedActivation
+from dfs_kernels import PackedActivation, fake_quantize
 
 STREAM_BITS = 8
 _MIN_STEP = 1e-8

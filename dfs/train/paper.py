@@ -31,6 +31,7 @@ from dfs.train.stages import (
     ORACLE,
     Measured,
     Stage,
+    accumulate,
     decay,
     results_at_target,
     set_trainable,
@@ -85,7 +86,7 @@ class RuleStage(Stage):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay(config, step, self.steps())
         self.optimizer.zero_grad()
-        self.accumulate(batch, loss_of)
+        accumulate(batch, config.micro_batches, loss_of)
         average_gradients(self.optimizer)
         self.optimizer.step()
         return dict(zip(("loss", "cost"), measured, strict=True))

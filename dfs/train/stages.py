@@ -138,21 +138,18 @@ class Stage:
         size = self.config.batch_size
         return own_part(training_batch(self.data, self.data.gate, size, seed, step))
 
-    def accumulate(self, batch: ImageSet, loss_of: Callable[[ImageSet], Tensor]) -> Tensor:
-        """Add the gradients of the mean loss over a batch's micro-batches; returns that loss."""
-        return accumulate(batch, self.config.micro_batches, loss_of)
 
-
-def accumulate(batch: ImageSet, parts: int, loss_of: Callable[[ImageSet], Tensor]) -> Tensor:
-    """Back-propagate a loss part by part; the mean over the batch is what it amounts to."""
-    total = batch.images.new_zeros(())
+def accumulate(batch: ImageSet, parts: int, *losses: Callable[[ImageSet], Tensor]) -> list[Tensor]:
+    """Back-propagate losses part by part; the means over the batch are what they amount to."""
+    totals = [batch.images.new_zeros(()) for _ in losses]
     for index in torch.arange(len(batch), device=batch.images.device).chunk(parts):
         share = len(index) / len(batch)
         part = batch if parts == 1 else batch.take(index)
-        loss = loss_of(part) * share
-        loss.backward()
-        total += loss.detach()
-    return total
+        for total, loss_of in zip(totals, losses, strict=True):
+            loss = loss_of(part) * share
+            loss.backward()
+            total += loss.detach()
+    return totals
 
 
 def steps_per_epoch(images: Images, config: TrainConfig) -> int:
@@ -254,6 +251,7 @@ class WeightStage(Stage):
         self.optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True)
         self.teacher = copy.deepcopy(trainer.teacher or trainer.plain).eval()
         set_trainable(self.teacher.parameters(), False)
+        self._taught: tuple[ImageSet, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict()}
@@ -262,10 +260,11 @@ class WeightStage(Stage):
         self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
-    def taught(self, images: Tensor) -> Tensor:
-        """The teacher's logits."""
-        logits: Tensor = self.teacher(images)
-        return logits
+    def taught(self, part: ImageSet) -> Tensor:
+        """The teacher's logits, kept until it is asked for another part: losses share them."""
+        if self._taught is None or self._taught[0] is not part:
+            self._taught = (part, self.teacher(part.images))
+        return self._taught[1]
 
     def half_distilled(self, logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
         """Half cross-entropy, half distillation."""
@@ -279,7 +278,7 @@ class WeightStage(Stage):
 
         def loss_of(part: ImageSet) -> Tensor:
             logits = model.run(part.images, policy, explore=explore).logits
-            return self.half_distilled(logits, self.taught(part.images), part.labels)
+            return self.half_distilled(logits, self.taught(part), part.labels)
 
         loss = self.descend(self.batch(step), lr, loss_of)
         set_trainable(model.gate.parameters(), True)
@@ -289,7 +288,7 @@ class WeightStage(Stage):
         """One step of the optimizer on the sum of losses; returns the first."""
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
-        values = [self.accumulate(batch, loss_of) for loss_of in losses]
+        values = accumulate(batch, self.config.micro_batches, *losses)
         average_gradients(self.optimizer)
         self.optimizer.step()
         return values[0]
@@ -454,7 +453,7 @@ class SwitchStage(WeightStage):
 
         def wide_loss(part: ImageSet) -> Tensor:
             logits = model(part.images, integer[-1])
-            return self.half_distilled(logits, self.taught(part.images), part.labels)
+            return self.half_distilled(logits, self.taught(part), part.labels)
 
         def narrow_loss(part: ImageSet) -> Tensor:
             return self.distilled(part, narrow)
@@ -471,7 +470,7 @@ class SwitchStage(WeightStage):
     def distilled(self, part: ImageSet, policy: Policy) -> Tensor:
         """The distillation alone."""
         logits = self.model(part.images, policy)
-        return distillation(logits, self.taught(part.images), self.config.distill_temperature)
+        return distillation(logits, self.taught(part), self.config.distill_temperature)
 
     def finish(self) -> dict[str, float]:
         estimate_every_width(self.model, estimation_batches(self))

@@ -97,7 +97,7 @@ class StaticFloatStage(WeightStage):
         plain = self.trainer.plain.train()
 
         def loss_of(part: ImageSet) -> Tensor:
-            return self.half_distilled(plain(part.images), self.taught(part.images), part.labels)
+            return self.half_distilled(plain(part.images), self.taught(part), part.labels)
 
         lr = self.config.switch_lr * decay(self.config, step, self.steps())
         return {"loss": self.descend(self.batch(step), lr, loss_of)}

@@ -12,6 +12,10 @@ Every backend is a module with the same functions:
     mixed_conv2d(call, out)                             mixed_conv2d_backward(call, grad, wanted)
     rnn_gate(call, out)                                 one step of a gate, dfs_kernels/gate.py
     info() -> dict                                      what runs, for people
+
+and "reference" and "cpu" two more, which serve all:
+
+    fake_quantize(x, bits, scale, zero_point)           fake_quantize_backward(grad, x, bits, ...)
 """
 
 from __future__ import annotations

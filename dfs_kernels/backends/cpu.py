@@ -11,7 +11,7 @@ from torch import Tensor
 from dfs_kernels.backends import native, reference
 from dfs_kernels.call import ConvCall, ConvGradients, ConvWeight, GradientsWanted
 from dfs_kernels.gate import GateCall, GateStep
-from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.geometry import ConvGeometry, laid_out_like
 from dfs_kernels.packing import (
     PackedActivation,
     PackedConvWeight,
@@ -19,6 +19,7 @@ from dfs_kernels.packing import (
     new_codes,
     new_packed_codes,
 )
+from dfs_kernels.reference import step_share
 from dfs_kernels.widths import KERNEL_WIDTHS
 
 try:
@@ -76,6 +77,33 @@ def unpack_dequantize(packed: PackedActivation) -> Tensor:
     out = torch.empty(packed.shape, dtype=torch.float32)
     _cpu.unpack_dequantize(_feature_map(packed), _feature_map(out), packed.shape[0], _threads())
     return out
+
+
+def fake_quantize(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    x = laid_out_like(x, out)
+    _cpu.fake_quantize(
+        x.data_ptr(), x.numel(), bits, scale.item(), zero_point.item(), out.data_ptr(), _threads()
+    )
+    return out
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, x: Tensor, bits: int, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x)
+    grad_output, x = laid_out_like(grad_output, out), laid_out_like(x, out)
+    total = _cpu.fake_quantize_backward(
+        grad_output.data_ptr(),
+        x.data_ptr(),
+        x.numel(),
+        bits,
+        scale.item(),
+        zero_point.item(),
+        out.data_ptr(),
+        _threads(),
+    )
+    return out, scale.new_tensor(total) * step_share(x.numel(), bits)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:

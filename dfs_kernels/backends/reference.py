@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dfs_kernels import reference
-from dfs_kernels.geometry import ConvGeometry
+from dfs_kernels.geometry import ConvGeometry, laid_out_like
 from dfs_kernels.packing import PackedConvWeight
 from dfs_kernels.reference import (
+    fake_quantize,
     mixed_conv2d,
     mixed_conv2d_backward,
     pack_bits,
@@ -22,6 +23,8 @@ from dfs_kernels.reference import (
 )
 
 __all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
     "info",
     "mixed_conv2d",
     "mixed_conv2d_backward",
@@ -49,6 +52,13 @@ def supports(device_type: str, options: Sequence[int]) -> bool:
 
 def info() -> dict[str, Any]:
     return {"torch": torch.__version__}
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, x: Tensor, bits: int, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_scale = reference.input_gradient(grad_output, x, bits, scale, zero_point)
+    return laid_out_like(grad_x, torch.empty_like(x)), grad_scale
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, centred: bool, out: Tensor) -> None:

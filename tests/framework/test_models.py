@@ -173,6 +173,45 @@ def test_gate_gradient_is_what_each_choice_would_have_given() -> None:
     torch.testing.assert_close(mask.grad, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stream", ["uint8", "float32"])
+def test_candidates_are_the_block_at_every_width(stream: str) -> None:
+    model = settled_model(choices=(0, 2, 8, 32), stream=stream).train()
+    shapes = set()
+    for block in model.blocks[1:]:
+        assert isinstance(block, ResidualBlock)
+        given = block.stream(torch.randn(3, block.shape.in_channels, 6, 5).relu())
+        got = block.candidates(given, model.choices)
+        assert all(m.training for m in block.modules())
+        for norm in block.modules():
+            if isinstance(norm, PerWidthBatchNorm2d):
+                norm.eval()
+        with torch.no_grad():
+            for width, candidate in zip(model.choices, got, strict=True):
+                assert torch.equal(candidate, block(given, width)), width
+        shapes.add(block.downsamples)
+    assert shapes == {False, True}
+
+
+def test_a_mixed_batch_is_the_parts_at_their_widths() -> None:
+    """Values and gradients, whatever the order of the samples; by the same running statistics."""
+    model = settled_model(choices=(0, 2, 8, 32), stream="float32").train()
+    # Fewer samples than BatchNorm takes statistics of.
+    bits = torch.tensor([8, 0, 2, 32, 0, 2, 8], dtype=torch.int32)
+    for block in model.blocks[1:]:
+        assert isinstance(block, ResidualBlock)
+        x = torch.randn(len(bits), block.shape.in_channels, 6, 5).relu().requires_grad_()
+        y = block(x, bits)
+        weight = torch.randn_like(y)
+        (grad,) = torch.autograd.grad((y * weight).sum(), x)
+        for width in model.choices:
+            rows = (bits == width).nonzero().squeeze(1)
+            part = x.detach()[rows].requires_grad_()
+            expected = block(part, width)
+            (own,) = torch.autograd.grad((expected * weight[rows]).sum(), part)
+            assert torch.equal(y[rows], expected), width
+            assert torch.equal(grad[rows], own), width
+
+
 def test_gate_gradient_needs_training_mode() -> None:
     with pytest.raises(ValueError, match="gate_gradient"):
         settled_model(depth=8).run(torch.randn(1, 3, 8, 8), gate_gradient=True)

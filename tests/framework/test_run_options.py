@@ -363,7 +363,8 @@ def test_micro_batches_add_up_to_the_batch(parts: int) -> None:
 
     expected = loss_of(batch)
     (gradient,) = torch.autograd.grad(expected, linear.weight)
-    assert accumulate(batch, parts, loss_of) == pytest.approx(expected.item(), rel=1e-5)
+    (loss,) = accumulate(batch, parts, loss_of)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(linear.weight.grad, gradient)
 
 

@@ -415,16 +415,16 @@ def test_an_activation_of_the_wrong_form_is_refused(
             "input must be fl",
         ),
         (lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 6, 1.0), ValueError, "only .* got 6"),
-        (lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 8, 0.0), ValueError, "_scale must lie in"),
+        (lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 8, 0.0), ValueError, "^scale must lie in"),
         (
             lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 8, 1.0, 256),
             ValueError,
-            "_zero_point must lie",
+            "^zero_point must lie",
         ),
         (
             lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 8, 1.0, -1),
             ValueError,
-            "_zero_point must lie",
+            "^zero_point must lie",
         ),
         (
             lambda: quantize_pack(torch.zeros(1, 1, 1, 1), 8, 1.0, 0.5),

@@ -148,7 +148,7 @@ def test_wheel_metadata(cpu_wheel: zipfile.ZipFile) -> None:
     (license_path,) = (name for name in names if name.endswith("/LICENSE"))
     assert cpu_wheel.read(license_path) == (ROOT / "LICENSE").read_bytes()
     (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
-    assert "dfs = dfs.cli:main" in cpu_wheel.read(entry_points).decode()
+    assert "dfs = dfs.launch:main" in cpu_wheel.read(entry_points).decode()
 
 
 @pytest.mark.slow

@@ -34,6 +34,13 @@ struct Quantizer {
   const int32_t* zero_point = nullptr;  // (count)
 };
 
+// One width of an activation quantizer, for values that stay floats; any width from 1 to 16.
+struct FakeQuantizer {
+  int32_t bits = 8;
+  float scale = 1.0f;
+  int32_t zero_point = 0;
+};
+
 // N samples of C x H x W, either float32 with any strides or packed codes in the canonical layout:
 // per sample a row of H*W pixels of ceil(C*b/8) bytes, float32 NHWC at 32 bits.
 struct FeatureMap {
