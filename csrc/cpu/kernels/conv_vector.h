@@ -47,7 +47,7 @@ inline void vector_retile(const ConvGeometry& g, const uint8_t* canonical, int32
                           bool centred, void* tile) {
   if (is_depthwise(g)) return retile_depthwise(g, canonical, bits, centred, tile);
   if (!direct_takes(bits, centred)) return retile_filters(g, canonical, bits, centred, tile);
-  retile_direct(g, canonical, bits, centred, tile);
+  retile_direct(g, canonical, bits, tile);
 #if defined(__AVX512VBMI__)
   if (table_takes(g, bits)) {
     retile_table(g, canonical, centred, static_cast<uint8_t*>(tile) + direct_tile_bytes(g, bits));
@@ -70,8 +70,9 @@ inline size_t vector_conv_scratch_bytes(const MixedConv2dArgs& args, int32_t bit
     }
 #endif
     default:
-      return bits == 32 ? direct_scratch<float, Floats>(shape, args.output.height, nullptr).bytes
-                        : direct_scratch<uint32_t, Ints>(shape, args.output.height, nullptr).bytes;
+      return bits == 32
+                 ? direct_scratch<float, Floats>(shape, args.output.height, bits, nullptr).bytes
+                 : direct_scratch<uint32_t, Ints>(shape, args.output.height, bits, nullptr).bytes;
   }
 }
 
