@@ -22,6 +22,7 @@ const KernelTable kAvx2Kernels = {
     avx2::quantize_filter,
     avx2::vector_tile_bytes,
     avx2::vector_retile,
+    avx2::vector_tile_form,
     avx2::vector_conv_scratch_bytes,
     avx2::vector_conv_rows,
     avx2::skip_rows,

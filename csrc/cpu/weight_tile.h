@@ -19,6 +19,6 @@ constexpr size_t kTileHeaderBytes = 64;
 
 // The kernels' part of a tile; throws std::invalid_argument if the header does not fit the call.
 const void* tile_payload(const void* tile, const KernelTable& table, const ConvGeometry& geometry,
-                         int32_t bits, bool centred);
+                         int32_t bits, bool centred, TileForm form);
 
 }  // namespace dfs
