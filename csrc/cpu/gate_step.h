@@ -25,25 +25,23 @@ class LinearMap {
   // From a weight (rows, columns) and a bias (rows).
   LinearMap(const float* weight, const float* bias, int64_t rows, int64_t columns);
 
+  // `result` has gate_room(rows()) values.
   void apply(const KernelTable& table, const double* x, double* result) const {
-    table.map_columns(weight_.data(), bias_.data(), rows(), columns_, x, result);
+    table.map_columns(weight_.data(), bias_.data(), static_cast<int64_t>(bias_.size()), columns_, x,
+                      result);
   }
 
- private:
-  int64_t rows() const { return static_cast<int64_t>(bias_.size()); }
+  int64_t rows() const { return rows_; }
 
+ private:
+  int64_t rows_ = 0;
   int64_t columns_ = 0;
   std::vector<double> weight_;
-  std::vector<double> bias_;
+  std::vector<double> bias_;  // padded
 };
 
 // Index of the largest logit, the lowest among equals; the last one where a NaN leaves no largest.
 int64_t cheapest_argmax(const double* logits, int64_t count);
-
-// Values of scratch that a step takes for each hidden unit.
-constexpr int64_t kGateUnits = 10;
-
-size_t gate_scratch_bytes(const RnnGateArgs& args);
 
 // What a recurrent gate computes with; those but `embed` are shared by the gates of a network.
 struct RnnGateMaps {
@@ -53,8 +51,20 @@ struct RnnGateMaps {
   const LinearMap* project;
 };
 
-// Writes `sample`'s part of the results. The parameters come from `maps`, not from `args`.
-void gate_step(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
-               const KernelTable& table, void* scratch);
+// One step for one sample. States hold outputs, then cells, each padded to gate_room(H).
+struct GateStep {
+  const FeatureMap* features = nullptr;
+  int64_t sample = 0;
+  const double* state_before = nullptr;
+  const double* choice_bias = nullptr;  // (K)
+  double* state_after = nullptr;
+  double* logits = nullptr;  // gate_room(K)
+};
+
+size_t gate_scratch_bytes(const RnnGateMaps& maps, const FeatureMap& features);
+
+// The index of the choice.
+int64_t gate_step(const GateStep& step, const RnnGateMaps& maps, const KernelTable& table,
+                  void* scratch);
 
 }  // namespace dfs

@@ -32,8 +32,11 @@ struct BackwardWeight {
 enum class TileForm { kDots, kTable };
 constexpr TileForm kTileForms[] = {TileForm::kDots, TileForm::kTable};
 
-// Rows of a gate's linear map are padded to a multiple of this.
+// Vectors of a gate are padded to a multiple of this.
 constexpr int kGateRows = 8;
+constexpr int64_t gate_room(int64_t count) {
+  return (count + kGateRows - 1) / kGateRows * kGateRows;
+}
 
 struct KernelTable {
   const char* name;
@@ -56,11 +59,12 @@ struct KernelTable {
   // Sums (channels) over `pixels` runs of bytes.
   void (*sum_pixels)(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t* sums);
 
-  // Of gates, in float64: weight (columns, rows padded to kGateRows) times x plus bias, and an LSTM
-  // cell from its gates (4, hidden) and the cell before, null for zeros.
+  // Of gates, in float64: weight (columns, rows) times x plus bias, rows a multiple of kGateRows,
+  // and an LSTM cell from its gates (4, hidden), which it overwrites, and the cell before. Those
+  // need gate_room(4 * hidden) + kGateRows values, the others gate_room(hidden).
   void (*map_columns)(const double* weight, const double* bias, int64_t rows, int64_t columns,
                       const double* x, double* result);
-  void (*lstm_units)(const double* gates, int64_t hidden, const double* kept, double* cell,
+  void (*lstm_units)(double* gates, int64_t hidden, const double* kept, double* cell,
                      double* output);
 
   // One output channel, (channels, kernel_h * kernel_w) -> [kernel_h * kernel_w][channels] codes.

@@ -70,35 +70,6 @@ void pool_codes(const FeatureMap& map, int64_t sample, const KernelTable& table,
   for (int64_t c = 0; c < map.channels; ++c) means[c] = static_cast<double>(sums[c] - zero) * step;
 }
 
-// `memory` holds kGateUnits * hidden values.
-void decide(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
-            const KernelTable& table, const double* means, double* memory) {
-  const int64_t hidden = args.hidden;
-  double* x = memory;
-  double* gates = x + hidden;
-  double* recurrent = gates + 4 * hidden;
-  double* before = recurrent + 4 * hidden;
-  const double* kept = nullptr;
-  const int64_t cells = (args.batch + sample) * hidden;
-  if (args.state != nullptr) {
-    std::copy_n(args.state + sample * hidden, hidden, before);
-    kept = args.state + cells;
-  } else {
-    std::fill_n(before, hidden, 0.0);
-  }
-  maps.embed->apply(table, means, x);
-  maps.input->apply(table, x, gates);
-  maps.recurrent->apply(table, before, recurrent);
-  for (int64_t i = 0; i < 4 * hidden; ++i) gates[i] += recurrent[i];
-  double* output = args.out_state + sample * hidden;
-  table.lstm_units(gates, hidden, kept, args.out_state + cells, output);
-  const int64_t count = args.choice_count;
-  double* logits = args.out_logits + sample * count;
-  maps.project->apply(table, output, logits);
-  for (int64_t k = 0; k < count; ++k) logits[k] += args.choice_bias[k];
-  args.out_bits[sample] = args.choices[cheapest_argmax(logits, count)];
-}
-
 }  // namespace
 
 size_t pool_scratch_bytes(const FeatureMap& map) {
@@ -122,12 +93,15 @@ void pool_sample(const FeatureMap& map, int64_t sample, const KernelTable& table
 }
 
 LinearMap::LinearMap(const float* weight, const float* bias, int64_t rows, int64_t columns)
-    : columns_(columns), bias_(bias, bias + rows) {
-  const int64_t step = (rows + kGateRows - 1) / kGateRows * kGateRows;
-  weight_.resize(static_cast<size_t>(step * columns));
+    : rows_(rows), columns_(columns) {
+  const auto step = static_cast<size_t>(gate_room(rows));
+  bias_.resize(step);
+  std::copy_n(bias, rows, bias_.begin());
+  weight_.resize(step * static_cast<size_t>(columns));
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
-      weight_[static_cast<size_t>(column * step + row)] = weight[row * columns + column];
+      weight_[static_cast<size_t>(column) * step + static_cast<size_t>(row)] =
+          weight[row * columns + column];
     }
   }
 }
@@ -141,18 +115,65 @@ int64_t cheapest_argmax(const double* logits, int64_t count) {
   return best;
 }
 
-size_t gate_scratch_bytes(const RnnGateArgs& args) {
-  const int64_t doubles = args.input.channels + kGateUnits * args.hidden;
-  return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(args.input);
+size_t gate_scratch_bytes(const RnnGateMaps& maps, const FeatureMap& features) {
+  const int64_t hidden = maps.embed->rows();
+  const int64_t doubles =
+      gate_room(features.channels) + gate_room(hidden) + 2 * gate_room(4 * hidden) + kGateRows;
+  return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(features);
 }
 
-void gate_step(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
-               const KernelTable& table, void* scratch) {
+int64_t gate_step(const GateStep& step, const RnnGateMaps& maps, const KernelTable& table,
+                  void* scratch) {
+  const int64_t hidden = maps.embed->rows();
+  const int64_t cells = gate_room(hidden);
   auto* means = static_cast<double*>(scratch);
-  double* memory = means + args.input.channels;
-  pool_sample(args.input, sample, table, memory + kGateUnits * args.hidden, means);
-  decide(args, maps, sample, table, means, memory);
+  double* x = means + gate_room(step.features->channels);
+  double* recurrent = x + gate_room(hidden);
+  double* gates = recurrent + gate_room(4 * hidden);
+  pool_sample(*step.features, step.sample, table, gates + gate_room(4 * hidden) + kGateRows, means);
+  maps.embed->apply(table, means, x);
+  maps.input->apply(table, x, gates);
+  maps.recurrent->apply(table, step.state_before, recurrent);
+  for (int64_t i = 0; i < 4 * hidden; ++i) gates[i] += recurrent[i];
+  table.lstm_units(gates, hidden, step.state_before + cells, step.state_after + cells,
+                   step.state_after);
+  maps.project->apply(table, step.state_after, step.logits);
+  const int64_t count = maps.project->rows();
+  for (int64_t k = 0; k < count; ++k) step.logits[k] += step.choice_bias[k];
+  return cheapest_argmax(step.logits, count);
 }
+
+namespace {
+
+// Bytes for a sample of the op: its step, two padded states and its logits.
+size_t rnn_gate_scratch_bytes(const RnnGateArgs& args, const RnnGateMaps& maps) {
+  const int64_t doubles = 4 * gate_room(args.hidden) + gate_room(args.choice_count);
+  return static_cast<size_t>(doubles) * sizeof(double) + gate_scratch_bytes(maps, args.input);
+}
+
+void rnn_gate_sample(const RnnGateArgs& args, const RnnGateMaps& maps, int64_t sample,
+                     const KernelTable& table, void* scratch) {
+  const int64_t hidden = args.hidden;
+  const int64_t room = gate_room(hidden);
+  auto* before = static_cast<double*>(scratch);
+  double* after = before + 2 * room;
+  double* logits = after + 2 * room;
+  const int64_t outputs = sample * hidden;
+  const int64_t cells = (args.batch + sample) * hidden;
+  std::fill_n(before, 2 * room, 0.0);
+  if (args.state != nullptr) {
+    std::copy_n(args.state + outputs, hidden, before);
+    std::copy_n(args.state + cells, hidden, before + room);
+  }
+  const GateStep step = {&args.input, sample, before, args.choice_bias, after, logits};
+  const int64_t choice = gate_step(step, maps, table, logits + gate_room(args.choice_count));
+  args.out_bits[sample] = args.choices[choice];
+  std::copy_n(logits, args.choice_count, args.out_logits + sample * args.choice_count);
+  std::copy_n(after, hidden, args.out_state + outputs);
+  std::copy_n(after + room, hidden, args.out_state + cells);
+}
+
+}  // namespace
 
 void rnn_gate(const RnnGateArgs& args, int threads) {
   const FeatureMap& map = args.input;
@@ -170,8 +191,8 @@ void rnn_gate(const RnnGateArgs& args, int threads) {
   const LinearMap project(args.proj_weight, args.proj_bias, args.choice_count, hidden);
   const RnnGateMaps maps = {&embed, &input, &recurrent, &project};
   parallel_for_scratch(
-      args.batch, cost, threads, gate_scratch_bytes(args),
-      [&](int64_t sample, void* memory) { gate_step(args, maps, sample, table, memory); });
+      args.batch, cost, threads, rnn_gate_scratch_bytes(args, maps),
+      [&](int64_t sample, void* memory) { rnn_gate_sample(args, maps, sample, table, memory); });
 }
 
 }  // namespace dfs

@@ -191,17 +191,9 @@ class ThreadPool {
     while (std::chrono::steady_clock::now() < end) {
       for (int i = 0; i < 16; ++i) {
         if (!condition()) return;
-        pause();
+        pause_thread();
       }
     }
-  }
-
-  static void pause() {
-#if defined(__SSE2__) || defined(_M_X64)
-    _mm_pause();
-#else
-    std::this_thread::yield();
-#endif
   }
 
   void work(int worker) {
@@ -276,6 +268,14 @@ ThreadPool& pool() {
 }
 
 }  // namespace
+
+void pause_thread() {
+#if defined(__SSE2__) || defined(_M_X64)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 double min_thread_cost() { return thread_cost.load(std::memory_order_relaxed); }
 

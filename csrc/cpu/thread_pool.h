@@ -19,4 +19,7 @@ void set_min_thread_cost(double nanoseconds);
 void parallel_for(int64_t count, double cost, int threads,
                   const std::function<void(int64_t task, int worker)>& fn);
 
+// What a loop does that waits for another thread without sleeping.
+void pause_thread();
+
 }  // namespace dfs

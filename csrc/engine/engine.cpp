@@ -11,7 +11,8 @@
 #include "dispatch.h"
 #include "float_environment.h"
 #include "gate_step.h"
-#include "parallel.h"
+#include "thread_pool.h"
+#include "thread_team.h"
 
 namespace dfs {
 namespace {
@@ -19,6 +20,9 @@ namespace {
 constexpr int32_t kStreamBits = 8;
 constexpr WidthTable kStreamWidths = {1, {kStreamBits}};
 constexpr int32_t kStreamZero = 0;
+
+// A layer is shared out within a team from this part of min_thread_cost() on: helpers are awake.
+constexpr double kTeamShare = 0.2;
 
 using Clock = std::chrono::steady_clock;
 
@@ -94,6 +98,13 @@ bool is_finite(const FeatureMap& map, int64_t sample) {
   return true;
 }
 
+// Mean of (b / 32)^2.
+double mean_cost(const int32_t* bits, int64_t count) {
+  int64_t squares = 0;
+  for (int64_t i = 0; i < count; ++i) squares += int64_t{bits[i]} * bits[i];
+  return static_cast<double>(squares) / static_cast<double>(count) / (32.0 * 32.0);
+}
+
 }  // namespace
 
 // The two streams take turns at the blocks that change resolution.
@@ -109,7 +120,6 @@ struct Engine::Workspace {
   std::vector<float> pooled;
   std::vector<double> means;
   int stream = 0;
-  bool has_state = false;
   FeatureMap map;  // the stream as it is now
 };
 
@@ -286,9 +296,9 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   space->scratch.emplace_back(scratch_bytes_);
   space->gate_scratch = AlignedBytes(gate_scratch_bytes_);
   for (std::vector<double>& state : space->states) {
-    state.resize(static_cast<size_t>(2 * gates_.hidden()));
+    state.resize(static_cast<size_t>(2 * gate_room(gates_.hidden())));
   }
-  space->gate_logits.resize(static_cast<size_t>(choices()));
+  space->gate_logits.resize(static_cast<size_t>(gate_room(choices())));
   const auto channels = static_cast<size_t>(classifier_.geometry().in_channels);
   space->pooled.resize(channels);
   space->means.resize(channels);
@@ -304,7 +314,7 @@ void Engine::run(const EngineCall& call, const EngineOutput& output) const {
     const double cost = min_thread_cost();
     parallel_for(call.batch, cost, threads, [&](int64_t sample, int) {
       const Lease lease(*this);
-      run_sample(call, output, sample, *lease, 1);
+      run_sample(call, output, sample, *lease, nullptr);
     });
     return;
   }
@@ -313,9 +323,13 @@ void Engine::run(const EngineCall& call, const EngineOutput& output) const {
   while (static_cast<int>((*lease).scratch.size()) < threads) {
     (*lease).scratch.emplace_back(scratch_bytes_);
   }
-  for (int64_t sample = 0; sample < call.batch; ++sample) {
-    run_sample(call, output, sample, *lease, threads);
-  }
+  const auto run_all = [&](ThreadTeam* team) {
+    for (int64_t sample = 0; sample < call.batch; ++sample) {
+      run_sample(call, output, sample, *lease, team);
+    }
+  };
+  if (threads == 1) return run_all(nullptr);
+  with_team(threads, [&](ThreadTeam& team) { run_all(&team); });
 }
 
 FeatureMap Engine::stem_input(const EngineCall& call, int64_t sample, Workspace& space) const {
@@ -330,17 +344,15 @@ FeatureMap Engine::stem_input(const EngineCall& call, int64_t sample, Workspace&
 }
 
 void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int64_t sample,
-                        Workspace& space, int threads) const {
+                        Workspace& space, ThreadTeam* team) const {
   if (call.pixels.data == nullptr && !is_finite(call.images, sample)) {
     std::fill_n(output.logits + sample * classes(), classes(),
                 std::numeric_limits<float>::quiet_NaN());
-    if (output.bits != nullptr) std::fill_n(output.bits + sample * gates(), gates(), 0);
-    if (output.gate_logits != nullptr) {
-      std::fill_n(output.gate_logits + sample * gates() * choices(), gates() * choices(),
-                  std::numeric_limits<double>::quiet_NaN());
-    }
+    std::fill_n(output.bits + sample * gates(), gates(), 0);
+    output.cost[sample] = mean_cost(output.bits + sample * gates(), gates());
     return;
   }
+  int32_t* decisions = output.bits + sample * gates();
   double* times = output.block_times;
   Clock::time_point start = Clock::now();
   const auto lap = [&](double* into, size_t index) {
@@ -350,25 +362,27 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   };
 
   space.stream = 0;
-  space.has_state = false;
+  std::fill(space.states[0].begin(), space.states[0].end(), 0.0);
   const FeatureMap image = stem_input(call, sample, space);
   space.map = stream_map(stem_stream_, space.streams[0].data(), stem_.geometry().out_channels,
                          stem_height_, stem_width_);
   run_layer(stem_, {stem_.widths().bits[0], image, is_packed(image), nullptr, true, space.map},
-            space, threads);
+            space, team);
   if (pool_size_ > 0) pool_stem(space);
   lap(times, 0);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     const Block& block = blocks_[i];
     int32_t bits = block.fixed_bits;
     if (block.gate >= 0) {
-      bits = decide(block, call, output, sample, space);
+      bits = decide(block, call, sample, space);
       lap(output.gate_times, static_cast<size_t>(block.gate));
-      if (output.bits != nullptr) output.bits[sample * gates() + block.gate] = bits;
+      decisions[block.gate] = bits;
     }
-    run_block(block, bits, space, threads);
+    run_block(block, bits, space, team);
     lap(times, 1 + i);
   }
+
+  output.cost[sample] = mean_cost(decisions, gates());
 
   pool_sample(space.map, 0, kernels(), space.gate_scratch.data(), space.means.data());
   std::transform(space.means.begin(), space.means.end(), space.pooled.begin(),
@@ -376,30 +390,25 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   const FeatureMap pooled = float_map(space.pooled.data(), space.map.channels, 1, 1);
   const FeatureMap logits = float_map(output.logits + sample * classes(), classes(), 1, 1);
   run_layer(classifier_, {classifier_.widths().bits[0], pooled, false, nullptr, false, logits},
-            space, 1);
+            space, nullptr);
   lap(times, 1 + blocks_.size());
 }
 
-int32_t Engine::decide(const Block& block, const EngineCall& call, const EngineOutput& output,
-                       int64_t sample, Workspace& space) const {
-  const int64_t place = sample * gates() + block.gate;
-  if (call.policy != nullptr) return call.policy[place];
-  GateTask task;
-  task.features = space.map;
-  task.has_state = space.has_state;
-  task.state_before = space.states[0].data();
-  task.state_after = space.states[1].data();
-  task.choice_bias = call.choice_bias;
-  task.logits = output.gate_logits == nullptr ? space.gate_logits.data()
-                                              : output.gate_logits + place * choices();
-  task.scratch = space.gate_scratch.data();
-  const int32_t bits = gates_.decide(block.gate, task, kernels());
+int32_t Engine::decide(const Block& block, const EngineCall& call, int64_t sample,
+                       Workspace& space) const {
+  if (call.policy != nullptr) return call.policy[sample * gates() + block.gate];
+  GateStep step;
+  step.features = &space.map;
+  step.state_before = space.states[0].data();
+  step.state_after = space.states[1].data();
+  step.choice_bias = call.choice_bias == nullptr ? gates_.choice_bias().data() : call.choice_bias;
+  step.logits = space.gate_logits.data();
+  const int32_t bits = gates_.decide(block.gate, step, kernels(), space.gate_scratch.data());
   std::swap(space.states[0], space.states[1]);
-  space.has_state = true;
   return bits;
 }
 
-void Engine::run_block(const Block& block, int32_t bits, Workspace& space, int threads) const {
+void Engine::run_block(const Block& block, int32_t bits, Workspace& space, ThreadTeam* team) const {
   if (bits == 0 && block.shortcut.empty()) return;
   const FeatureMap input = space.map;
   FeatureMap output = input;
@@ -412,12 +421,12 @@ void Engine::run_block(const Block& block, int32_t bits, Workspace& space, int t
                          block.height, block.width);
     const Layer& shortcut = block.shortcut[0];
     run_layer(shortcut, {shortcut.widths().bits[0], input, false, nullptr, false, residual}, space,
-              threads);
+              team);
   }
   space.map = output;
   const Layer& last = block.layers.back();
   if (bits == 0) {
-    run_layer(last, {0, input, true, &residual, true, output}, space, threads);
+    run_layer(last, {0, input, true, &residual, true, output}, space, team);
     if (!is_packed(output)) {
       // A skipped sample gets no activation, but what the next block reads is never negative.
       // (Codes with zero point 0 can hold nothing else.)
@@ -440,22 +449,22 @@ void Engine::run_block(const Block& block, int32_t bits, Workspace& space, int t
     to.row_bytes = to.height * to.width * pixel_bytes(to.channels, widest(next.widths()));
     to.bits = &bits;
     to.quantizer = next.input_quantizer();
-    run_layer(layer, {bits, from, i > 0, nullptr, true, to}, space, threads);
+    run_layer(layer, {bits, from, i > 0, nullptr, true, to}, space, team);
     from = to;
   }
-  run_layer(last, {bits, from, block.layers.size() > 1, &residual, true, output}, space, threads);
+  run_layer(last, {bits, from, block.layers.size() > 1, &residual, true, output}, space, team);
 }
 
 void Engine::run_layer(const Layer& layer, const LayerCall& call, Workspace& space,
-                       int threads) const {
+                       ThreadTeam* team) const {
   const int64_t rows = call.output.height;
   const double cost = layer.nanoseconds(call.bits, rows * call.output.width);
-  const int64_t parts = cost < 2.0 * min_thread_cost() ? 1 : std::min<int64_t>(threads, rows);
-  if (parts == 1) {
+  if (team == nullptr || cost < kTeamShare * min_thread_cost()) {
     layer.run_rows(call, 0, rows, space.scratch[0].data());
     return;
   }
-  parallel_for(parts, cost / static_cast<double>(parts), threads, [&](int64_t part, int worker) {
+  const int64_t parts = std::min<int64_t>(team->threads(), rows);
+  team->run(parts, [&](int64_t part, int worker) {
     layer.run_rows(call, rows * part / parts, rows * (part + 1) / parts,
                    space.scratch[static_cast<size_t>(worker)].data());
   });

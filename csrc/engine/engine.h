@@ -19,13 +19,13 @@
 
 namespace dfs {
 
-// What a call writes; null where it is not wanted.
+// What a call writes.
 struct EngineOutput {
-  float* logits = nullptr;        // (N, classes)
-  int32_t* bits = nullptr;        // (N, gates)
-  double* gate_logits = nullptr;  // (N, gates, choices)
+  float* logits = nullptr;  // (N, classes)
+  int32_t* bits = nullptr;  // (N, gates)
+  double* cost = nullptr;   // (N), the mean over gates of (bits / 32)^2
   // Nanoseconds: (blocks + 2), the stem first, the classifier last; then those of the gates alone.
-  // Added to. Only for calls on one thread.
+  // Added to; null where they are not wanted. Only for calls on one thread.
   double* block_times = nullptr;
   double* gate_times = nullptr;
 };
@@ -39,6 +39,8 @@ struct EngineCall {
   const double* choice_bias = nullptr;  // (choices), instead of the network's own; or null
   int threads = 1;
 };
+
+class ThreadTeam;
 
 class Engine {
  public:
@@ -74,11 +76,12 @@ class Engine {
   void plan();
   FeatureMap stem_input(const EngineCall& call, int64_t sample, Workspace& space) const;
   void run_sample(const EngineCall& call, const EngineOutput& output, int64_t sample,
-                  Workspace& space, int threads) const;
-  void run_block(const Block& block, int32_t bits, Workspace& space, int threads) const;
-  void run_layer(const Layer& layer, const LayerCall& call, Workspace& space, int threads) const;
-  int32_t decide(const Block& block, const EngineCall& call, const EngineOutput& output,
-                 int64_t sample, Workspace& space) const;
+                  Workspace& space, ThreadTeam* team) const;
+  void run_block(const Block& block, int32_t bits, Workspace& space, ThreadTeam* team) const;
+  void run_layer(const Layer& layer, const LayerCall& call, Workspace& space,
+                 ThreadTeam* team) const;
+  int32_t decide(const Block& block, const EngineCall& call, int64_t sample,
+                 Workspace& space) const;
   void pool_stem(Workspace& space) const;
   std::unique_ptr<Workspace> make_workspace() const;
 

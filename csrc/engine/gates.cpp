@@ -80,58 +80,45 @@ Gates::Gates(const NetworkSpec& spec) : hidden_(spec.hidden), choices_(spec.choi
 }
 
 size_t Gates::scratch_bytes(const FeatureMap& features) const {
-  // Means, deviations, hidden units and what the LSTM keeps of them.
-  const int64_t doubles = 2 * features.channels + kGateUnits * hidden_;
+  if (gates_.empty()) return 0;
+  const Gate& gate = gates_[0];
+  if (gate.kind == GateKind::kRecurrent) {
+    return gate_scratch_bytes({&gate.embed, &input_, &recurrent_, &project_}, features);
+  }
+  // Means, deviations and hidden units.
+  const int64_t doubles = 2 * features.channels + gate_room(hidden_);
   return static_cast<size_t>(doubles) * sizeof(double) + pool_scratch_bytes(features);
 }
 
-int32_t Gates::decide(int64_t index, const GateTask& task, const KernelTable& table) const {
+int32_t Gates::decide(int64_t index, const GateStep& step, const KernelTable& table,
+                      void* scratch) const {
   const Gate& gate = gates_[static_cast<size_t>(index)];
+  int64_t choice = 0;
   if (gate.kind == GateKind::kRecurrent) {
-    return choices_[static_cast<size_t>(decide_recurrent(gate, task, table))];
+    choice = gate_step(step, {&gate.embed, &input_, &recurrent_, &project_}, table, scratch);
+  } else if (gate.kind == GateKind::kFeedForward) {
+    choice = decide_feed_forward(gate, step, table, scratch);
+  } else {
+    for (size_t k = 0; k < choices_.size(); ++k) {
+      step.logits[k] = gate.logits[k] + step.choice_bias[k];
+    }
+    choice = cheapest_argmax(step.logits, choice_count());
   }
-  if (gate.kind == GateKind::kFeedForward) {
-    return choices_[static_cast<size_t>(decide_feed_forward(gate, task, table))];
-  }
-  const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
-  for (size_t k = 0; k < choices_.size(); ++k) {
-    task.logits[k] = gate.logits[k] + bias[k];
-  }
-  return choices_[static_cast<size_t>(cheapest_argmax(task.logits, choice_count()))];
+  return choices_[static_cast<size_t>(choice)];
 }
 
-int64_t Gates::decide_recurrent(const Gate& gate, const GateTask& task,
-                                const KernelTable& table) const {
-  int32_t choice = 0;
-  RnnGateArgs args;
-  args.batch = 1;
-  args.input = task.features;
-  args.hidden = hidden_;
-  args.choice_count = choice_count();
-  for (int32_t k = 0; k < static_cast<int32_t>(choices_.size()); ++k) args.choices[k] = k;
-  args.state = task.has_state ? task.state_before : nullptr;
-  args.choice_bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
-  args.out_bits = &choice;
-  args.out_logits = task.logits;
-  args.out_state = task.state_after;
-  const RnnGateMaps maps = {&gate.embed, &input_, &recurrent_, &project_};
-  gate_step(args, maps, 0, table, task.scratch);
-  return choice;
-}
-
-int64_t Gates::decide_feed_forward(const Gate& gate, const GateTask& task,
-                                   const KernelTable& table) const {
-  const int64_t channels = task.features.channels;
-  auto* features = static_cast<double*>(task.scratch);
+int64_t Gates::decide_feed_forward(const Gate& gate, const GateStep& step, const KernelTable& table,
+                                   void* scratch) const {
+  const int64_t channels = step.features->channels;
+  auto* features = static_cast<double*>(scratch);
   double* units = features + 2 * channels;
-  pool_sample(task.features, 0, table, units + kGateUnits * hidden_, features);
-  if (gate.deviation) spread_sample(task.features, features, features + channels);
+  pool_sample(*step.features, step.sample, table, units + gate_room(hidden_), features);
+  if (gate.deviation) spread_sample(*step.features, features, features + channels);
   gate.embed.apply(table, features, units);
   for (int64_t i = 0; i < hidden_; ++i) units[i] = units[i] <= 0.0 ? 0.0 : units[i];  // keeps NaN
-  const double* bias = task.choice_bias == nullptr ? choice_bias_.data() : task.choice_bias;
-  gate.project.apply(table, units, task.logits);
-  for (int64_t k = 0; k < choice_count(); ++k) task.logits[k] += bias[k];
-  return cheapest_argmax(task.logits, choice_count());
+  gate.project.apply(table, units, step.logits);
+  for (int64_t k = 0; k < choice_count(); ++k) step.logits[k] += step.choice_bias[k];
+  return cheapest_argmax(step.logits, choice_count());
 }
 
 }  // namespace dfs

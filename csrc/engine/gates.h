@@ -11,17 +11,6 @@
 
 namespace dfs {
 
-// What a gate works with besides its parameters.
-struct GateTask {
-  FeatureMap features;  // of one sample
-  bool has_state = false;
-  const double* state_before = nullptr;  // (2, H), of recurrent gates
-  double* state_after = nullptr;
-  const double* choice_bias = nullptr;  // (K), or null for the network's own
-  double* logits = nullptr;             // (K), written
-  void* scratch = nullptr;
-};
-
 class Gates {
  public:
   explicit Gates(const NetworkSpec& spec);
@@ -31,8 +20,10 @@ class Gates {
   int64_t hidden() const { return hidden_; }
 
   size_t scratch_bytes(const FeatureMap& features) const;
-  // The width that gate `index` chooses.
-  int32_t decide(int64_t index, const GateTask& task, const KernelTable& table) const;
+  const std::vector<double>& choice_bias() const { return choice_bias_; }
+  // The width that gate `index` chooses. States are those of recurrent gates.
+  int32_t decide(int64_t index, const GateStep& step, const KernelTable& table,
+                 void* scratch) const;
 
  private:
   struct Gate {
@@ -43,9 +34,8 @@ class Gates {
     std::vector<double> logits;  // of a constant one
   };
 
-  int64_t decide_recurrent(const Gate& gate, const GateTask& task, const KernelTable& table) const;
-  int64_t decide_feed_forward(const Gate& gate, const GateTask& task,
-                              const KernelTable& table) const;
+  int64_t decide_feed_forward(const Gate& gate, const GateStep& step, const KernelTable& table,
+                              void* scratch) const;
 
   std::vector<Gate> gates_;
   int64_t hidden_;

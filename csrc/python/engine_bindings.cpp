@@ -122,7 +122,7 @@ void bind_network(py::module_& module) {
 
 void run_engine(const dfs::Engine& engine, const dfs::FeatureMap& images, Address pixels,
                 int64_t batch, Address policy, Address choice_bias, Address logits, Address bits,
-                Address gate_logits, Address block_times, Address gate_times, int threads) {
+                Address cost, Address block_times, Address gate_times, int threads) {
   dfs::EngineCall call;
   call.images = images;
   call.pixels = {pointer<const uint8_t>(pixels), images.stride_n, images.stride_c, images.stride_h,
@@ -134,7 +134,7 @@ void run_engine(const dfs::Engine& engine, const dfs::FeatureMap& images, Addres
   dfs::EngineOutput output;
   output.logits = pointer<float>(logits);
   output.bits = pointer<int32_t>(bits);
-  output.gate_logits = pointer<double>(gate_logits);
+  output.cost = pointer<double>(cost);
   output.block_times = pointer<double>(block_times);
   output.gate_times = pointer<double>(gate_times);
   engine.run(call, output);
@@ -149,6 +149,6 @@ void bind_engine(py::module_& module) {
       .def(py::init<const dfs::NetworkSpec&>(), "spec"_a)
       .def("weight_bytes", &dfs::Engine::weight_bytes)
       .def("run", &run_engine, "images"_a, "pixels"_a, "batch"_a, "policy"_a, "choice_bias"_a,
-           "logits"_a, "bits"_a, "gate_logits"_a, "block_times"_a, "gate_times"_a, "threads"_a,
+           "logits"_a, "bits"_a, "cost"_a, "block_times"_a, "gate_times"_a, "threads"_a,
            py::call_guard<py::gil_scoped_release>());
 }

@@ -415,6 +415,7 @@ void check_run(Network& network, const dfs::Engine& engine, const int32_t* polic
                const std::vector<int32_t>& bits, const std::vector<float>& logits) {
   GuardedBuffer<float> got_logits(logits.size());
   GuardedBuffer<int32_t> got_bits(bits.size());
+  GuardedBuffer<double> got_cost(static_cast<size_t>(kBatch));
   dfs::EngineCall call;
   call.images = network.image_map();
   call.batch = kBatch;
@@ -423,9 +424,21 @@ void check_run(Network& network, const dfs::Engine& engine, const int32_t* polic
   dfs::EngineOutput output;
   output.logits = got_logits.data();
   output.bits = got_bits.data();
+  output.cost = got_cost.data();
   engine.run(call, output);
   got_logits.check_guards("logits");
   got_bits.check_guards("bits");
+  got_cost.check_guards("cost");
+  for (size_t n = 0; n < got_cost.size(); ++n) {
+    const size_t gates = bits.size() / got_cost.size();
+    double sum = 0.0;
+    for (size_t i = 0; i < gates; ++i) {
+      const double share = bits[n * gates + i] / 32.0;
+      sum += share * share;
+    }
+    const double mean = sum / static_cast<double>(gates);
+    CHECK(got_cost[n] == mean, "cost of sample ", n, ": ", got_cost[n], " instead of ", mean);
+  }
   for (size_t i = 0; i < bits.size(); ++i) {
     CHECK(got_bits[i] == bits[i], "decision ", i, ", threads ", threads);
   }
@@ -490,11 +503,15 @@ DFS_TEST(engine_spoils_only_the_image_that_is_not_finite) {
   network.run_apart(nullptr, bits, logits);
   network.images[3 * Network::kHeight * Network::kWidth + 5] = std::nanf("");
   std::vector<float> got(logits.size());
+  std::vector<int32_t> got_bits(bits.size());
+  std::vector<double> cost(static_cast<size_t>(kBatch));
   dfs::EngineCall call;
   call.images = network.image_map();
   call.batch = kBatch;
   dfs::EngineOutput output;
   output.logits = got.data();
+  output.bits = got_bits.data();
+  output.cost = cost.data();
   engine.run(call, output);
   for (size_t i = 0; i < got.size(); ++i) {
     if (i / 6 == 1) {
@@ -535,8 +552,12 @@ DFS_TEST(engine_looks_pixels_up) {
       dfs::EngineCall call;
       call.images = network.image_map();
       call.batch = kBatch;
+      std::vector<int32_t> bits(static_cast<size_t>(kBatch * engine.gates()));
+      std::vector<double> cost(static_cast<size_t>(kBatch));
       dfs::EngineOutput output;
       output.logits = logits.data();
+      output.bits = bits.data();
+      output.cost = cost.data();
       engine.run(call, output);
       call.images.values = nullptr;
       call.pixels = {pixels.data(), kArea * 4, 1, Network::kWidth * 4, 4};

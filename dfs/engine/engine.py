@@ -265,7 +265,9 @@ class Engine:
             raise ValueError(f"images must be on {place}, got {images.device}")
         if images.dtype == torch.uint8 and self.preprocessing is None:
             raise ValueError("images are uint8, but the engine was frozen without a preprocessing")
-        return images.detach(), self._policy(policy, images.shape[0], device)
+        if images.requires_grad:
+            images = images.detach()
+        return images, self._policy(policy, images.shape[0], device)
 
     def _policy(self, policy: Policy, batch: int, device: torch.device) -> Tensor | None:
         if policy is None:
@@ -319,11 +321,7 @@ def _pixel_values(preprocessing: Preprocessing | None) -> Tensor | None:
 
 
 def _output(found: EngineRun) -> EngineOutput:
-    cost = found.cost
-    if cost is None:
-        # Scaled last: powers of two change no bit, and a call at batch 1 notices every operation.
-        cost = found.bits.double().square_().mean(1).div_(32**2)
-    return EngineOutput(found.logits, found.bits, cost)
+    return EngineOutput(found.logits, found.bits, found.cost)
 
 
 def freeze(

@@ -200,7 +200,7 @@ class GpuExecutor:
                     None if policy is None else policy[part],
                     NetworkOutput(*(value[part] for value in out)),
                 )
-        return EngineRun(out.logits, out.bits, None, cost=out.cost)
+        return EngineRun(out.logits, out.bits, out.cost)
 
     def _run_part(self, images: Tensor, policy: Tensor | None, out: NetworkOutput) -> None:
         count = len(images)
@@ -239,7 +239,7 @@ class GpuExecutor:
         times = laps.nanoseconds()
         # Behind the stem, blocks and gates take turns.
         blocks = torch.cat([times[:1], times[1:-1:2], times[-1:]])
-        return EngineRun(found.logits, found.bits, None, blocks, times[2:-1:2], found.cost)
+        return EngineRun(found.logits, found.bits, found.cost, blocks, times[2:-1:2])
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -22,18 +22,16 @@ class EngineRun(NamedTuple):
     Attributes:
         logits: float32 (N, classes).
         bits: int32 (N, gated blocks).
-        gate_logits: float64 (N, gated blocks, choices), or None where they are not kept.
+        cost: float64 (N,), the mean over gated blocks of (bits/32)^2.
         block_times, gate_times: nanoseconds, (blocks + 2,) with the stem first and the classifier
             last, and (gated blocks,); None unless asked for.
-        cost: float64 (N,), or None where it has to be computed from the bits.
     """
 
     logits: Tensor
     bits: Tensor
-    gate_logits: Tensor | None
+    cost: Tensor
     block_times: Tensor | None = None
     gate_times: Tensor | None = None
-    cost: Tensor | None = None
 
 
 class NativeExecutor:
@@ -74,18 +72,17 @@ class NativeExecutor:
             choice_bias: float64 (choices,), or None for the network's own.
             timed: measure blocks and gates; on one thread.
         """
-        graph, batch = self._graph, images.shape[0]
-        gates, choices = graph.gated_blocks, len(graph.choices)
+        graph = self._graph
+        gates = graph.gated_blocks
+        batch, channels, height, width = images.shape
         logits = torch.empty(batch, graph.architecture.num_classes)
         bits = torch.empty(batch, gates, dtype=torch.int32)
-        asks = policy is None
-        gate_logits = torch.empty(batch, gates, choices, dtype=torch.float64) if asks else None
+        cost = torch.empty(batch, dtype=torch.float64)
         times = gate_times = None
         if timed:
             times = torch.zeros(len(graph.architecture.blocks) + 2, dtype=torch.float64)
             gate_times = torch.zeros(gates, dtype=torch.float64)
         count = torch.get_num_threads() if threads is None else threads
-        _, channels, height, width = images.shape
         values, pixels = images.data_ptr(), 0
         if images.dtype == torch.uint8:
             values, pixels = pixels, values
@@ -97,12 +94,12 @@ class NativeExecutor:
             _address(choice_bias),
             logits.data_ptr(),
             bits.data_ptr(),
-            _address(gate_logits),
+            cost.data_ptr(),
             _address(times),
             _address(gate_times),
             1 if timed else count,
         )
-        return EngineRun(logits, bits, gate_logits, times, gate_times)
+        return EngineRun(logits, bits, cost, times, gate_times)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -11,10 +11,40 @@ namespace {
 constexpr int64_t kPooledRun = 257;
 constexpr int64_t kPooledChannels = 64;
 
-// sums[c] += bytes of `pixels` runs, `stride` bytes apart, for `count` <= 64 channels. A constant
-// count leaves the loops to the vectorizer.
-template <typename Count>
-inline void sum_runs(const uint8_t* codes, int64_t pixels, int64_t stride, Count count,
+// A run of 64 bytes by pairs.
+typedef uint16_t BytePairs __attribute__((vector_size(kPooledChannels)));
+
+// sums[c] += byte c of each of `pixels` runs of 64 bytes, `stride` bytes apart.
+inline void sum_whole_runs(const uint8_t* codes, int64_t pixels, int64_t stride, int32_t* sums) {
+  for (int64_t first = 0; first < pixels; first += kPooledRun) {
+    const int64_t last = min_of(first + kPooledRun, pixels);
+    // Of the second bytes of pairs, and of pairs, modulo 2^16; by turns, since each addition waits
+    // for the one before.
+    BytePairs seconds[2] = {};
+    BytePairs pairs[2] = {};
+    const auto add_run = [&](int64_t p, int turn) {
+      BytePairs run;
+      std::memcpy(&run, codes + p * stride, sizeof(run));
+      pairs[turn] += run;
+      seconds[turn] += run >> 8;
+    };
+    int64_t p = first;
+    for (; p + 2 <= last; p += 2) {
+      add_run(p, 0);
+      add_run(p + 1, 1);
+    }
+    if (p < last) add_run(p, 0);
+    seconds[0] += seconds[1];
+    const BytePairs firsts = pairs[0] + pairs[1] - (seconds[0] << 8);
+    for (int64_t i = 0; i < kPooledChannels / 2; ++i) {
+      sums[2 * i] += firsts[i];
+      sums[2 * i + 1] += seconds[0][i];
+    }
+  }
+}
+
+// sums[c] += bytes of `pixels` runs, `stride` bytes apart, for `count` <= 64 channels.
+inline void sum_runs(const uint8_t* codes, int64_t pixels, int64_t stride, int64_t count,
                      int32_t* sums) {
   for (int64_t first = 0; first < pixels; first += kPooledRun) {
     const int64_t last = min_of(first + kPooledRun, pixels);
@@ -29,13 +59,12 @@ inline void sum_runs(const uint8_t* codes, int64_t pixels, int64_t stride, Count
 
 // Overwrites sums (channels) with those of `pixels` runs of `channels` bytes.
 inline void sum_pixels(const uint8_t* codes, int64_t pixels, int64_t channels, int32_t* sums) {
-  constexpr std::integral_constant<int64_t, kPooledChannels> whole{};
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
   if (channels < kPooledChannels && kPooledChannels % channels == 0) {
     // Several pixels side by side fill a run of 64.
     const int64_t together = kPooledChannels / channels;
     int32_t wide[kPooledChannels] = {};
-    sum_runs(codes, pixels / together, kPooledChannels, whole, wide);
+    sum_whole_runs(codes, pixels / together, kPooledChannels, wide);
     for (int64_t i = 0; i < kPooledChannels; ++i) sums[i % channels] += wide[i];
     const int64_t done = pixels / together * together;
     sum_runs(codes + done * channels, pixels - done, channels, channels, sums);
@@ -43,7 +72,7 @@ inline void sum_pixels(const uint8_t* codes, int64_t pixels, int64_t channels, i
   }
   int64_t c = 0;
   for (; c + kPooledChannels <= channels; c += kPooledChannels) {
-    sum_runs(codes + c, pixels, channels, whole, sums + c);
+    sum_whole_runs(codes + c, pixels, channels, sums + c);
   }
   if (c < channels) sum_runs(codes + c, pixels, channels, channels - c, sums + c);
 }
