@@ -83,12 +83,107 @@ inline __m512i load_tail(const uint8_t* src, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes <= 0 ? 0 : (uint64_t{1} << bytes) - 1, src);
 }
 
+// Four vectors of four 128-bit lanes: lane j of vector i becomes lane i of vector j.
+inline void transpose_lanes(__m512i* v) {
+  constexpr int kEven = 0x88;
+  constexpr int kOdd = 0xdd;
+  const __m512i even_a = _mm512_shuffle_i32x4(v[0], v[1], kEven);
+  const __m512i even_b = _mm512_shuffle_i32x4(v[2], v[3], kEven);
+  const __m512i odd_a = _mm512_shuffle_i32x4(v[0], v[1], kOdd);
+  const __m512i odd_b = _mm512_shuffle_i32x4(v[2], v[3], kOdd);
+  v[0] = _mm512_shuffle_i32x4(even_a, even_b, kEven);
+  v[2] = _mm512_shuffle_i32x4(even_a, even_b, kOdd);
+  v[1] = _mm512_shuffle_i32x4(odd_a, odd_b, kEven);
+  v[3] = _mm512_shuffle_i32x4(odd_a, odd_b, kOdd);
+}
+
+// 16 vectors of 16 dwords, likewise.
+inline void transpose_dwords(__m512i* v) {
+  unroll<4>([&](auto q) {
+    // Within 128-bit lanes: four rows of four dwords.
+    __m512i* four = v + 4 * q;
+    const __m512i low_a = _mm512_unpacklo_epi32(four[0], four[1]);
+    const __m512i low_b = _mm512_unpacklo_epi32(four[2], four[3]);
+    const __m512i high_a = _mm512_unpackhi_epi32(four[0], four[1]);
+    const __m512i high_b = _mm512_unpackhi_epi32(four[2], four[3]);
+    four[0] = _mm512_unpacklo_epi64(low_a, low_b);
+    four[1] = _mm512_unpackhi_epi64(low_a, low_b);
+    four[2] = _mm512_unpacklo_epi64(high_a, high_b);
+    four[3] = _mm512_unpackhi_epi64(high_a, high_b);
+  });
+  unroll<4>([&](auto k) {
+    __m512i lanes[4];
+    unroll<4>([&](auto i) { lanes[i] = v[4 * i + k]; });
+    transpose_lanes(lanes);
+    unroll<4>([&](auto i) { v[4 * i + k] = lanes[i]; });
+  });
+}
+
+// Order of bytes that transposes a matrix of 64 / kColumns by kColumns of them.
+template <int kColumns>
+struct TurnOrder {
+  alignas(64) uint8_t bytes[kTableLanes];
+
+  constexpr TurnOrder() : bytes() {
+    constexpr int kRows = kTableLanes / kColumns;
+    for (int i = 0; i < kTableLanes; ++i) {
+      bytes[i] = static_cast<uint8_t>(i % kRows * kColumns + i / kRows);
+    }
+  }
+};
+template <int kColumns>
+inline __m512i turn_order() {
+  static constexpr TurnOrder<kColumns> kOrder;
+  return _mm512_load_si512(kOrder.bytes);
+}
+
+// The vectors of 64 pixels of kBytes bytes and those of their planes are each other's transposes.
+template <int kBytes>
+inline void transpose_vectors(__m512i* v) {
+  if constexpr (kBytes == 16) {
+    transpose_dwords(v);
+  } else {
+    transpose_lanes(v);
+  }
+}
+
+// 64 pixels of kBytes bytes, 4 or 16, to planes.
+template <int kBytes>
+inline void split_in_registers(const uint8_t* pixels, uint8_t* planes, int64_t plane_step) {
+  const __m512i order = turn_order<kBytes>();
+  __m512i v[kBytes];
+  unroll<kBytes>([&](auto i) {
+    v[i] = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(pixels + i * kTableLanes));
+  });
+  transpose_vectors<kBytes>(v);
+  unroll<kBytes>([&](auto j) { _mm512_storeu_si512(planes + j * plane_step, v[j]); });
+}
+
+// And back.
+template <int kBytes>
+inline void join_in_registers(const uint8_t* planes, int64_t plane_step, uint8_t* pixels) {
+  const __m512i order = turn_order<kTableLanes / kBytes>();
+  __m512i v[kBytes];
+  unroll<kBytes>([&](auto j) { v[j] = _mm512_loadu_si512(planes + j * plane_step); });
+  transpose_vectors<kBytes>(v);
+  unroll<kBytes>([&](auto i) {
+    _mm512_storeu_si512(pixels + i * kTableLanes, _mm512_permutexvar_epi8(order, v[i]));
+  });
+}
+
 // Splits pixels of `bytes` bytes into planes: byte j of all pixels to planes + j * plane_step.
 // `halves` holds twice as many bytes as the pixels, and some more for whole vectors.
 inline void split_bytes(const uint8_t* pixels, int64_t count, int64_t bytes, uint8_t* halves,
                         uint8_t* planes, int64_t plane_step) {
   if (bytes == 1) {
     std::memcpy(planes, pixels, static_cast<size_t>(count));
+    return;
+  }
+  if ((bytes == 4 || bytes == 16) && count % kTableLanes == 0) {
+    const auto split = bytes == 4 ? split_in_registers<4> : split_in_registers<16>;
+    for (int64_t i = 0; i < count; i += kTableLanes) {
+      split(pixels + i * bytes, planes + i, plane_step);
+    }
     return;
   }
   if (bytes % 2 != 0) {

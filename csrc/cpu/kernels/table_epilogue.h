@@ -33,6 +33,13 @@ inline void join_bytes(const uint8_t* planes, int64_t plane_step, int64_t count,
     std::memcpy(pixels, planes, static_cast<size_t>(count));
     return;
   }
+  if ((bytes == 4 || bytes == 16) && count % kTableLanes == 0) {
+    const auto join = bytes == 4 ? join_in_registers<4> : join_in_registers<16>;
+    for (int64_t i = 0; i < count; i += kTableLanes) {
+      join(planes + i, plane_step, pixels + i * bytes);
+    }
+    return;
+  }
   if (bytes % 2 != 0) {
     for (int64_t j = 0; j < bytes; ++j) {
       for (int64_t i = 0; i < count; ++i) pixels[i * bytes + j] = planes[j * plane_step + i];
