@@ -446,6 +446,7 @@ def bench(
     waived: Waived = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw the times of --engine to.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the kernels.")] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure on this machine: what a network's parts take, or a frozen network beside others.
@@ -453,15 +454,19 @@ def bench(
     With --latency-table, the table that a cost needs. With --engine, the time per image as its
     gates decide (on the test images of --dataset or --data, else on random ones), with every width
     forced, and of static networks of the same shape in other runtimes, where they are installed.
+    Those run on a CPU, so that a GPU's times have nothing beside them.
     """
     if (latency_table is None) == (engine is None):
         raise UserError("give --latency-table or --engine, one of them")
+    place = _device(device)
     if engine is not None:
         given = _data_settings(dataset, data, waived)
         sizes = _parse_sizes(batches)
-        _bench_engine(engine, given, sizes, threads, peers, plot, as_json)
+        _bench_engine(engine, place, given, sizes, threads, peers, plot, as_json)
         return
     assert latency_table is not None
+    if place.type != "cpu":
+        raise UserError("--device: a latency table is measured on the CPU; a GPU times an --engine")
     try:
         network = build_model(
             model, classes, channels, _parse_choices(choices), stream, gate=gate
@@ -482,6 +487,7 @@ def bench(
 
 def _bench_engine(
     path: Path,
+    device: torch.device,
     data: dict[str, Any],
     batches: Sequence[int],
     threads: int | None,
@@ -492,8 +498,8 @@ def _bench_engine(
     if plot is not None:
         require_plotting()
     with _user_errors():
-        engine = load_engine(path)
-        images = _images_for(engine, data) if data else None
+        engine = load_engine(path, device)
+        images = _images_for(engine, data).to(device) if data else None
         with Console(stderr=True).status("measuring") as status:
             found = time_engine(engine, images, batches, threads, peers, status.update)
     title = f"{path.name} ({engine.graph.architecture.name})"
@@ -577,11 +583,16 @@ def freeze_run(
     ] = False,
     data: Data = None,
     waived: Waived = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Make a trained network into one file that only runs: folded, packed, fast."""
+    """Make a trained network into one file that only runs: folded, packed, fast.
+
+    The file is the same for every device; --device is where --calibrate-budget measures.
+    """
     if out.exists():
         raise UserError(f"--out {out} is there already")
+    place = _device(device)
     network = load_network(run)
     side = network.preprocessing.size
     try:
@@ -590,8 +601,8 @@ def freeze_run(
             splits = _data_of(network.config, data, waived or [])
             val = splits.prepared(network.preprocessing).val
             with Console(stderr=True).status("calibrating budgets"):
-                images = val.first(_CALIBRATION_IMAGES)
-                engine.calibrate_budget(images, val.labels[: len(images)])
+                images = val.first(_CALIBRATION_IMAGES).to(place)
+                engine.to(place).calibrate_budget(images, val.labels[: len(images)])
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
     engine.save(out)

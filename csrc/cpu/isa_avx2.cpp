@@ -26,6 +26,7 @@ const KernelTable kAvx2Kernels = {
     avx2::quantize_filter,
     avx2::vector_tile_bytes,
     avx2::vector_retile,
+    avx2::vector_tile_form,
     avx2::find_code_steps,
     avx2::vector_conv_scratch_bytes,
     avx2::vector_conv_rows,

@@ -26,6 +26,7 @@ const KernelTable kAvx512VbmiKernels = {
     avx512_vbmi::quantize_filter,
     avx512_vbmi::vector_tile_bytes,
     avx512_vbmi::vector_retile,
+    avx512_vbmi::vector_tile_form,
     avx512_vbmi::find_code_steps,
     avx512_vbmi::vector_conv_scratch_bytes,
     avx512_vbmi::vector_conv_rows,

@@ -26,6 +26,7 @@ const KernelTable kAvx512VnniKernels = {
     avx512_vnni::quantize_filter,
     avx512_vnni::vector_tile_bytes,
     avx512_vnni::vector_retile,
+    avx512_vnni::vector_tile_form,
     avx512_vnni::find_code_steps,
     avx512_vnni::vector_conv_scratch_bytes,
     avx512_vnni::vector_conv_rows,

@@ -16,7 +16,7 @@ struct ConvTask {
   int64_t row_begin = 0;
   int64_t row_end = 0;
   int32_t bits = 0;
-  const void* tile = nullptr;             // this width's weights, in the table's own layout
+  const void* tile = nullptr;             // this width's weights in the form of tile_form
   const float* multiplier = nullptr;      // (O), m of y = acc * m + c
   const float* offset = nullptr;          // (O), c
   const uint8_t* residual_row = nullptr;  // a packed residual's row, perhaps a copy of it
@@ -32,6 +32,11 @@ constexpr int kCodeSteps = 3;
 struct BackwardWeight {
   const float* blocks = nullptr;
 };
+
+// Re-tiled weights come in two forms. Which one a sample is multiplied with depends on the sizes of
+// its maps.
+enum class TileForm { kDots, kTable };
+constexpr TileForm kTileForms[] = {TileForm::kDots, TileForm::kTable};
 
 // Vectors of a gate are padded to a multiple of this.
 constexpr int kGateRows = 8;
@@ -79,9 +84,12 @@ struct KernelTable {
   void (*quantize_filter)(const float* weight, int64_t channels, int64_t taps, float scale,
                           int32_t bits, bool centred, uint8_t* packed);
 
-  size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits, bool centred);
+  // 0 where a layer has no such form.
+  size_t (*tile_bytes)(const ConvGeometry& geometry, int32_t bits, bool centred, TileForm form);
   void (*retile_weight)(const ConvGeometry& geometry, const uint8_t* canonical, int32_t bits,
-                        bool centred, void* tile);
+                        bool centred, TileForm form, void* tile);
+  // The form that conv_rows takes.
+  TileForm (*tile_form)(const MixedConv2dArgs& args, int32_t bits);
 
   // ConvTask::code_steps for an output whose zero point at 2 bits is 0; sums fit 15 bits and a sign.
   void (*find_code_steps)(const float* multiplier, const float* offset, int64_t channels,

@@ -175,7 +175,8 @@ void mixed_conv2d(const MixedConv2dArgs& args, int threads) {
     if (!used[i]) continue;
     const int32_t bits = widths.bits[i];
     if (bits != 32) check_sum_fits(args, i);
-    tiles[i] = tile_payload(args.weight.tiles[i], table, g, bits, args.weight.centred[i]);
+    tiles[i] = tile_payload(args.weight.tiles[i], table, g, bits, args.weight.centred[i],
+                            table.tile_form(args, bits));
     scratch_bytes = std::max(scratch_bytes, table.conv_scratch_bytes(args, bits));
   }
   if (!skipped.empty()) {

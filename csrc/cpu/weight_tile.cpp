@@ -39,10 +39,23 @@ TileHeader make_header(const KernelTable& table, const ConvGeometry& g, int32_t 
   return header;
 }
 
+// The forms lie one after the other, each a multiple of the header, so that all stay aligned.
+size_t form_bytes(const KernelTable& table, const ConvGeometry& geometry, int32_t bits,
+                  bool centred, TileForm form) {
+  const size_t payload = table.tile_bytes(geometry, bits, centred, form);
+  return (payload + kTileHeaderBytes - 1) / kTileHeaderBytes * kTileHeaderBytes;
+}
+
+size_t form_offset(const KernelTable& table, const ConvGeometry& geometry, int32_t bits,
+                   bool centred, TileForm form) {
+  if (form == TileForm::kDots) return kTileHeaderBytes;
+  return kTileHeaderBytes + form_bytes(table, geometry, bits, centred, TileForm::kDots);
+}
+
 }  // namespace
 
 const void* tile_payload(const void* tile, const KernelTable& table, const ConvGeometry& geometry,
-                         int32_t bits, bool centred) {
+                         int32_t bits, bool centred, TileForm form) {
   if (tile == nullptr) {
     reject("weight has no tile for " + std::to_string(bits) + " bits");
   }
@@ -59,17 +72,19 @@ const void* tile_payload(const void* tile, const KernelTable& table, const ConvG
            std::string(found.isa) + ", " + std::to_string(found.bits) +
            " bits and maybe another geometry or level kind; this call runs on " + table.name);
   }
-  return static_cast<const uint8_t*>(tile) + kTileHeaderBytes;
+  return static_cast<const uint8_t*>(tile) + form_offset(table, geometry, bits, centred, form);
 }
 
 std::string tile_variant() { return std::string(kernels().name) + "/" + kTileFormat; }
 
-// A multiple of the header, so that tiles laid end to end stay aligned.
 size_t tile_bytes(const ConvGeometry& geometry, int32_t bits, bool centred) {
   check_geometry(geometry);
   check_weight_bits(bits, true);
-  const size_t payload = kernels().tile_bytes(geometry, bits, centred);
-  return kTileHeaderBytes + (payload + kTileHeaderBytes - 1) / kTileHeaderBytes * kTileHeaderBytes;
+  size_t bytes = kTileHeaderBytes;
+  for (const TileForm form : kTileForms) {
+    bytes += form_bytes(kernels(), geometry, bits, centred, form);
+  }
+  return bytes;
 }
 
 void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t bits, bool centred,
@@ -80,8 +95,11 @@ void retile_weight(const ConvGeometry& geometry, const void* canonical, int32_t 
   const KernelTable& table = kernels();
   const TileHeader header = make_header(table, geometry, bits, centred);
   std::memcpy(tile, &header, sizeof(header));
-  table.retile_weight(geometry, static_cast<const uint8_t*>(canonical), bits, centred,
-                      static_cast<uint8_t*>(tile) + kTileHeaderBytes);
+  for (const TileForm form : kTileForms) {
+    table.retile_weight(
+        geometry, static_cast<const uint8_t*>(canonical), bits, centred, form,
+        static_cast<uint8_t*>(tile) + form_offset(table, geometry, bits, centred, form));
+  }
 }
 
 }  // namespace dfs

@@ -12,13 +12,13 @@
 namespace dfs {
 
 // Raised whenever a layout changes: what was compiled for another one must not be used again.
-constexpr char kTileFormat = '4';
+constexpr char kTileFormat = '5';
 
 // A multiple of the alignment that vector loads want.
 constexpr size_t kTileHeaderBytes = 64;
 
 // The kernels' part of a tile; throws std::invalid_argument if the header does not fit the call.
 const void* tile_payload(const void* tile, const KernelTable& table, const ConvGeometry& geometry,
-                         int32_t bits, bool centred);
+                         int32_t bits, bool centred, TileForm form);
 
 }  // namespace dfs

@@ -197,7 +197,7 @@ void Engine::plan() {
   int64_t channels = stem_.geometry().out_channels;
   int64_t height = in_height_;
   int64_t width = in_width_;
-  const auto plan_layer = [&](const Layer& layer, FeatureMap input, bool reads_codes,
+  const auto plan_layer = [&](Layer& layer, FeatureMap input, bool reads_codes,
                               const FeatureMap* residual, FeatureMap output) {
     for (int i = 0; i <= layer.widths().count; ++i) {
       LayerCall call{0, input, reads_codes, residual, true, output};
@@ -208,6 +208,7 @@ void Engine::plan() {
         call.output.bits = &call.bits;
       }
       scratch_bytes_ = std::max(scratch_bytes_, layer.scratch_bytes(call));
+      if (call.bits != 0) layer.keep_form_for(call);
     }
   };
   const auto plan_stream = [&](const StreamSpec& stream) {
@@ -240,7 +241,7 @@ void Engine::plan() {
     const int64_t last_index = static_cast<int64_t>(block.layers.size()) - 1;
     FeatureMap from = input;
     for (int64_t i = 0; i <= last_index; ++i) {
-      const Layer& layer = block.layers[static_cast<size_t>(i)];
+      Layer& layer = block.layers[static_cast<size_t>(i)];
       check_chain("a block's convolution", layer.geometry().in_channels, channels);
       channels = layer.geometry().out_channels;
       set_output_size(layer.geometry(), height, width);
@@ -263,7 +264,7 @@ void Engine::plan() {
         reject("network: a block without a shortcut changes the size of the stream");
       }
     } else {
-      const Layer& shortcut = block.shortcut[0];
+      Layer& shortcut = block.shortcut[0];
       check_chain("a shortcut", shortcut.geometry().in_channels, in_channels);
       int64_t shortcut_height = input.height;
       int64_t shortcut_width = input.width;

@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -44,11 +45,12 @@ Layer::Layer(const LayerSpec& spec, const KernelTable& table)
   for (int i = 0; i < count; ++i) {
     const int32_t bits = spec.widths.bits[i];
     weight_.centred[i] = spec.centred[i];
-    AlignedBytes tile(table.tile_bytes(geometry_, bits, spec.centred[i]));
-    table.retile_weight(geometry_, static_cast<const uint8_t*>(spec.codes[i]), bits,
-                        spec.centred[i], tile.data());
-    weight_.tiles[i] = tile.data();
-    tiles_.push_back(std::move(tile));
+    for (const TileForm form : kTileForms) {
+      AlignedBytes tile(table.tile_bytes(geometry_, bits, spec.centred[i], form));
+      table.retile_weight(geometry_, static_cast<const uint8_t*>(spec.codes[i]), bits,
+                          spec.centred[i], form, tile.data());
+      tiles_.push_back(std::move(tile));
+    }
     fold_output_scaling(weight_, i, outputs, input_scale_[static_cast<size_t>(i)], spec.bias,
                         spec.mul, spec.add, multiplier_.data() + i * outputs,
                         offset_.data() + i * outputs);
@@ -62,6 +64,16 @@ Quantizer Layer::input_quantizer() const {
   quantizer.scale = input_scale_.data();
   quantizer.zero_point = input_zero_point_.data();
   return quantizer;
+}
+
+void Layer::keep_form_for(const LayerCall& call) {
+  const int index = index_of(weight_.widths, call.bits);
+  const TileForm kept = table_->tile_form(args_of(call), call.bits);
+  AlignedBytes* tiles = &tiles_[static_cast<size_t>(index) * std::size(kTileForms)];
+  for (const TileForm form : kTileForms) {
+    if (form != kept) tiles[static_cast<size_t>(form)] = AlignedBytes();
+  }
+  weight_.tiles[index] = tiles[static_cast<size_t>(kept)].data();
 }
 
 size_t Layer::weight_bytes() const {

@@ -45,6 +45,8 @@ class Layer {
   const WidthTable& widths() const { return weight_.widths; }
   // What quantizes its input; borrowed from this layer.
   Quantizer input_quantizer() const;
+  // Drops the weights that calls with maps of these sizes do not take.
+  void keep_form_for(const LayerCall& call);
   // Bytes of its weights.
   size_t weight_bytes() const;
   double nanoseconds(int32_t bits, int64_t out_pixels) const;
@@ -62,7 +64,7 @@ class Layer {
   const KernelTable* table_;
   ConvGeometry geometry_;
   ConvWeight weight_;
-  std::vector<AlignedBytes> tiles_;
+  std::vector<AlignedBytes> tiles_;  // (count, forms)
   std::vector<float> input_scale_;
   std::vector<int32_t> input_zero_point_;
   std::vector<float> multiplier_;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfs.engine.engine import Engine
+from dfs.engine.engine import Engine, EngineOutput
 from dfs.engine.peers import PEERS, Call, PeerUnavailableError, StaticNetwork
 from dfs.latency import describe_machine, thread_count
 
@@ -55,12 +55,14 @@ class EngineTimes:
     Attributes:
         missing: why a peer could not run, by its label.
         machine: what times depend on.
+        device: where the engine ran; a GPU by its name.
     """
 
     times: tuple[EngineTime, ...]
     threads: int
     missing: dict[str, str]
     machine: dict[str, str]
+    device: str = "cpu"
 
     @property
     def batches(self) -> list[int]:
@@ -92,11 +94,12 @@ def time_engine(
     depend on them.
 
     Args:
-        images: float32 or uint8 as the engine takes them, on which the gates decide; random
-            floats by default.
+        images: float32 or uint8 as the engine takes them and on its device, on which the gates
+            decide; random floats by default.
         batches: numbers of images in a call.
         threads: of all contestants; None leaves the number as it is.
         peers: whether to time PyTorch, ONNX Runtime and OpenVINO too, where they are installed.
+            They run on the CPU: beside an engine on a GPU none is timed.
         progress: told of each batch size before it is timed.
 
     Raises:
@@ -109,18 +112,27 @@ def time_engine(
     shape = (engine.graph.architecture.in_channels, *engine.graph.image_size)
     if images is None:
         images = torch.randn(_DIFFERENT_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+        images = images.to(engine.device)
     if len(images) == 0:
         raise ValueError("images must not be empty")
     times: list[EngineTime] = []
     missing: dict[str, str] = {}
-    network = StaticNetwork(engine.graph.architecture, engine.graph.image_size) if peers else None
+    network = None
+    if peers and engine.device.type == "cpu":
+        network = StaticNetwork(engine.graph.architecture, engine.graph.image_size)
+    elif peers:
+        missing = {peer.label: "it is timed on the CPU only" for peer in PEERS}
     with thread_count(threads), torch.no_grad():
         used = torch.get_num_threads()
         for batch in batches:
             if progress is not None:
                 progress(f"batch {batch}")
             times += _time_batch(engine, network, images, batch, used, missing)
-    return EngineTimes(tuple(times), used, missing, describe_machine())
+    return EngineTimes(tuple(times), used, missing, describe_machine(), _device_name(engine.device))
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _time_batch(
@@ -157,7 +169,15 @@ def _time_batch(
 
 def _engine_call(engine: Engine, images: Tensor, batch: int, policy: int | None) -> Call:
     parts = cycle(_repeated(images, max(batch, len(images) // batch * batch)).split(batch))
-    return lambda: engine(next(parts), policy)
+
+    def call() -> EngineOutput:
+        found = engine(next(parts), policy)
+        if engine.device.type == "cuda":
+            # A call only launches its work.
+            torch.cuda.synchronize(engine.device)
+        return found
+
+    return call
 
 
 def _repeated(images: Tensor, count: int) -> Tensor:

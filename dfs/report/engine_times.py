@@ -13,8 +13,9 @@ from dfs.report.plots import PALETTE, pyplot_for_files, save_figure
 def engine_times_table(found: EngineTimes, title: str) -> Table:
     """Milliseconds per image, median and 99th percentile, a column per batch size."""
     plural = "" if found.threads == 1 else "s"
+    where = f"{found.threads} thread{plural}" if found.device == "cpu" else found.device
     table = Table(
-        title=f"{title}: ms per image, p50 / p99, {found.threads} thread{plural}",
+        title=f"{title}: ms per image, p50 / p99, {where}",
         title_justify="left",
     )
     table.add_column("", no_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfs import Engine, freeze
+from dfs import Engine, cli, freeze
 from dfs.data import load_dataset
 from dfs.engine import EngineTime, EngineTimes, time_engine, timing
 from dfs.engine.peers import PEERS, Call, Peer, PeerUnavailableError, StaticNetwork
@@ -184,3 +184,59 @@ def test_the_command_names_what_is_wrong_in_one_line(
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_on_a_gpu_a_call_is_waited_for_and_peers_are_left_out(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that runs on the CPU, but says that it doesn't."""
+    gpu = torch.device("cuda", 0)
+    calls, waited = [], []
+    run = Engine.__call__
+
+    def counted(self: Engine, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Engine, "__call__", counted)
+    monkeypatch.setattr(Engine, "device", gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
+    found = time_engine(engine, torch.randn(2, 3, *SIZE), (2,))
+    # The call that tells the cost is not timed.
+    assert waited == [gpu] * (len(calls) - 1)
+    assert len(found.times) == 1 + len(engine.choices)
+    assert found.missing == {peer.label: "it is timed on the CPU only" for peer in PEERS}
+    assert found.to_dict()["device"] == "a GPU at cuda:0"
+    assert "a GPU at cuda:0" in str(engine_times_table(found, "title").title)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["engine", "latency table", "freeze"])
+def test_without_a_gpu_its_device_is_a_mistake(
+    command: str,
+    engine_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    arguments = {
+        "engine": ["bench", "--engine", str(engine_file)],
+        "latency table": ["bench", "--latency-table", str(out)],
+        "freeze": ["freeze", str(engine_file), "--out", str(out), "--calibrate-budget"],
+    }[command]
+    code, _, errors = run_dfs([*arguments, "--device", "cuda"], monkeypatch, capsys)
+    assert (code, errors) == (2, "dfs: device: there is no cuda:0, PyTorch sees 0 GPUs\n")
+    code, _, errors = run_dfs([*arguments, "--device", "tpu"], monkeypatch, capsys)
+    assert (code, errors.count("\n"), "tpu" in errors) == (2, 1, True)
+    assert not out.exists()
+
+
+def test_a_latency_table_is_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "choose_device", lambda name: torch.device("cuda", 0))
+    arguments = ["bench", "--latency-table", str(tmp_path / "table.json"), "--device", "cuda"]
+    code, _, errors = run_dfs(arguments, monkeypatch, capsys)
+    assert (code, errors.startswith("dfs: --device")) == (2, True)

@@ -32,6 +32,13 @@ inline size_t depthwise_tile_bytes(const ConvGeometry& g) {
   return static_cast<size_t>(g.kernel_h * g.kernel_w * depthwise_channels(g)) * 4;
 }
 
+// Of the only channel of a canonical run.
+template <int kBits>
+inline int32_t first_level(const uint8_t* run, bool centred) {
+  const int32_t code = static_cast<int8_t>(extract_code<kBits, true>(*run, 0));
+  return centred ? 2 * code + 1 : code;
+}
+
 inline void retile_depthwise(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
                              bool centred, void* tile) {
   std::memset(tile, 0, depthwise_tile_bytes(g));
@@ -46,9 +53,9 @@ inline void retile_depthwise(const ConvGeometry& g, const uint8_t* canonical, in
         continue;
       }
       int32_t level = 0;
-      if (bits == 2) read_levels<2>(run, 1, centred, &level);
-      if (bits == 4) read_levels<4>(run, 1, centred, &level);
-      if (bits == 8) read_levels<8>(run, 1, centred, &level);
+      if (bits == 2) level = first_level<2>(run, centred);
+      if (bits == 4) level = first_level<4>(run, centred);
+      if (bits == 8) level = first_level<8>(run, centred);
       // In the low half of a lane, so that one multiplication of int16 pairs takes it.
       level &= 0xffff;
       std::memcpy(dst, &level, 4);

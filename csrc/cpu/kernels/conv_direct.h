@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_rows.h"
+#include "dense_codes.h"
 #include "dot_tiles.h"
 #include "dword_band.h"
 #include "filter_layout.h"
@@ -21,37 +22,46 @@ inline bool direct_takes(int32_t bits, bool centred) {
   return kSubtractsZeroPoint || bits != 8 || !centred;
 }
 
-// Weights unpacked at a time when they are re-tiled, a multiple of what a byte or a dword holds.
-constexpr int64_t kLevelsAtOnce = 64;
-
-// Sizes of the re-tiled weights of one group. An integer tile begins with the sums of the levels,
-// [kernel_h][vectors][kLanes] int32 per group, if zero points are corrected for afterwards; the
-// weights follow, vectors of dwords [vectors][kernel_h][kernel_w][planes] per group.
+// Sizes of the weights of one group: as they are multiplied, vectors of dwords [vectors][kernel_h]
+// [kernel_w][planes], and as they are held. Floats are held as they are multiplied; integers as
+// dense codes (see dense_codes.h) of one vector after the other, in the same order but without the
+// lanes and the codes of a dword that stand for no channel.
 struct DirectLayout {
   int64_t outputs;  // of one group
+  int64_t channels;
+  int64_t taps;
   int64_t vectors;
   int64_t planes;
   int64_t vector_step;  // dwords
-  int64_t sum_dwords;   // of all groups
   int64_t group_dwords;
+
+  int64_t lanes(int64_t vector) const { return min_of(outputs - vector * kLanes, kLanes); }
+  int64_t codes(int64_t vector) const { return lanes(vector) * channels * taps; }
+  int64_t held_vector_bytes(int32_t bits) const { return dense_bytes(codes(0), bits); }
+  int64_t held_group_bytes(int32_t bits) const {
+    return (vectors - 1) * held_vector_bytes(bits) + dense_bytes(codes(vectors - 1), bits);
+  }
+  bool is_padded(int64_t vector) const {
+    return lanes(vector) < kLanes || channels % kCodesPerDword != 0;
+  }
 };
 
 template <typename Dword>
 inline DirectLayout direct_layout(const ConvGeometry& g) {
   DirectLayout layout;
   layout.outputs = g.out_channels / g.groups;
+  layout.channels = g.in_channels / g.groups;
+  layout.taps = g.kernel_h * g.kernel_w;
   layout.vectors = ceil_div(layout.outputs, kLanes);
-  layout.planes = dword_planes<Dword>(g.in_channels / g.groups);
-  layout.vector_step = g.kernel_h * g.kernel_w * layout.planes * kLanes;
-  const bool has_sums = !kSubtractsZeroPoint && !std::is_same<Dword, float>::value;
-  layout.sum_dwords = has_sums ? g.groups * g.kernel_h * layout.vectors * kLanes : 0;
+  layout.planes = dword_planes<Dword>(layout.channels);
+  layout.vector_step = layout.taps * layout.planes * kLanes;
   layout.group_dwords = layout.vectors * layout.vector_step;
   return layout;
 }
 
 inline size_t direct_tile_bytes(const ConvGeometry& g, int32_t bits) {
-  const DirectLayout layout = bits == 32 ? direct_layout<float>(g) : direct_layout<uint32_t>(g);
-  return static_cast<size_t>(layout.sum_dwords + g.groups * layout.group_dwords) * 4;
+  if (bits == 32) return static_cast<size_t>(g.groups * direct_layout<float>(g).group_dwords) * 4;
+  return static_cast<size_t>(g.groups * direct_layout<uint32_t>(g).held_group_bytes(bits));
 }
 
 // Calls fn(group, o, tap, run) for every run of channels of a filter bank, o counted within the
@@ -68,44 +78,27 @@ inline void for_each_channel_run(const ConvGeometry& g, Fn fn) {
   }
 }
 
-// One run of canonical weights as levels.
-template <int kBits, typename Level>
-inline void read_levels(const uint8_t* run, int64_t channels, bool centred, Level* levels) {
-  constexpr int kPerByte = 8 / kBits;
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t code = static_cast<int8_t>(
-        extract_code<kBits, true>(run[c / kPerByte], static_cast<int>(c % kPerByte)));
-    levels[c] = static_cast<Level>(centred ? 2 * code + 1 : code);
-  }
-}
-
 template <int kBits>
-inline void retile_direct_levels(const ConvGeometry& g, const uint8_t* canonical, bool centred,
-                                 void* tile) {
-  using Level = std::make_signed<DwordPart>::type;
+inline void retile_direct_codes(const ConvGeometry& g, const uint8_t* canonical, uint8_t* tile) {
+  constexpr int kPerByte = 8 / kBits;
   const DirectLayout layout = direct_layout<uint32_t>(g);
-  const int64_t channels = g.in_channels / g.groups;
-  const int64_t run_bytes = packed_bytes(channels, kBits);
-  int32_t* sums = static_cast<int32_t*>(tile);
-  uint32_t* weights = static_cast<uint32_t*>(tile) + layout.sum_dwords;
+  const int64_t run_bytes = packed_bytes(layout.channels, kBits);
   for_each_channel_run(g, [&](int64_t group, int64_t o, int64_t tap, int64_t run) {
     const int64_t vector = o / kLanes;
-    const int64_t lane = o % kLanes;
-    uint32_t* dst = weights + group * layout.group_dwords + vector * layout.vector_step +
-                    tap * layout.planes * kLanes + lane;
-    int32_t sum = 0;
-    for (int64_t first = 0; first < channels; first += kLevelsAtOnce) {
-      const int64_t count = min_of(channels - first, kLevelsAtOnce);
-      Level levels[kLevelsAtOnce] = {};
-      read_levels<kBits>(canonical + run * run_bytes + first * kBits / 8, count, centred, levels);
-      for (int64_t c = 0; c < count; c += kCodesPerDword) {
-        std::memcpy(dst + (first + c) / kCodesPerDword * kLanes, levels + c, sizeof(uint32_t));
+    const int64_t lanes = layout.lanes(vector);
+    const int64_t count = layout.codes(vector);
+    uint8_t* dense =
+        tile + group * layout.held_group_bytes(kBits) + vector * layout.held_vector_bytes(kBits);
+    const uint8_t* packed = canonical + run * run_bytes;
+    for (int64_t first = 0; first < layout.channels; first += kCodesPerDword) {
+      const int64_t dword = min_of(layout.channels - first, kCodesPerDword);
+      const int64_t index = (tap * layout.channels + first) * lanes + o % kLanes * dword;
+      for (int64_t i = 0; i < dword; ++i) {
+        const int64_t c = first + i;
+        insert_dense<kBits>(
+            dense, index + i, count,
+            extract_code<kBits, true>(packed[c / kPerByte], static_cast<int>(c % kPerByte)));
       }
-      for (int64_t c = 0; c < count; ++c) sum += levels[c];
-    }
-    if (layout.sum_dwords > 0) {
-      sums[((group * g.kernel_h + tap / g.kernel_w) * layout.vectors + vector) * kLanes + lane] +=
-          sum;
     }
   });
 }
@@ -124,15 +117,15 @@ inline void retile_direct_floats(const ConvGeometry& g, const uint8_t* canonical
 }
 
 inline void retile_direct(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
-                          bool centred, void* tile) {
+                          void* tile) {
   std::memset(tile, 0, direct_tile_bytes(g, bits));
   switch (bits) {
     case 2:
-      return retile_direct_levels<2>(g, canonical, centred, tile);
+      return retile_direct_codes<2>(g, canonical, static_cast<uint8_t*>(tile));
     case 4:
-      return retile_direct_levels<4>(g, canonical, centred, tile);
+      return retile_direct_codes<4>(g, canonical, static_cast<uint8_t*>(tile));
     case 8:
-      return retile_direct_levels<8>(g, canonical, centred, tile);
+      return retile_direct_codes<8>(g, canonical, static_cast<uint8_t*>(tile));
     default:
       return retile_direct_floats(g, canonical, static_cast<float*>(tile));
   }
@@ -153,6 +146,163 @@ inline int64_t direct_band_rows(const WindowShape& shape, int64_t out_rows) {
   return max_of(min_of(out_rows, affordable / shape.geometry.stride_h + 1), 1);
 }
 
+// Weights of one or two vectors of output channels, ready to be multiplied.
+struct DirectWeights {
+  const uint8_t* dwords;
+  const Ints* level_sums;  // [vectors][kernel_h], if zero points are corrected for afterwards
+};
+
+// kCount levels of each lane, and zeros beside them.
+template <int64_t kCount, typename Level>
+inline const Level* spread_dwords(const Level* levels, int64_t lanes, Level* dwords) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    unroll<kCount>([&](auto i) { dwords[lane * kCodesPerDword + i] = levels[lane * kCount + i]; });
+  }
+  return levels + lanes * kCount;
+}
+
+// Puts the levels of one vector where they belong among zeros.
+template <typename Level>
+inline void spread_levels(const DirectLayout& layout, int64_t lanes, const Level* levels,
+                          Level* dwords) {
+  std::memset(dwords, 0, static_cast<size_t>(layout.vector_step) * 4);
+  const int64_t whole = layout.channels / kCodesPerDword;
+  for (int64_t tap = 0; tap < layout.taps; ++tap) {
+    for (int64_t plane = 0; plane < layout.planes; ++plane) {
+      switch (plane < whole ? kCodesPerDword : layout.channels % kCodesPerDword) {
+        case 1:
+          levels = spread_dwords<1>(levels, lanes, dwords);
+          break;
+        case 2:
+          levels = spread_dwords<2>(levels, lanes, dwords);
+          break;
+        case 3:
+          levels = spread_dwords<3>(levels, lanes, dwords);
+          break;
+        default:
+          levels = spread_dwords<4>(levels, lanes, dwords);
+      }
+      dwords += kLanes * kCodesPerDword;
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// Sums of the levels of one vector, per row of the kernel.
+inline void sum_levels(const ConvGeometry& g, const DirectLayout& layout, const uint8_t* dwords,
+                       Ints* sums) {
+  // Chains of additions whose latencies overlap.
+  constexpr int64_t kChains = 4;
+  const Ints ones = splat(0x01010101);
+  const int64_t count = g.kernel_w * layout.planes;
+  for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+    Ints chains[kChains];
+    for (Ints& chain : chains) chain = zero_ints();
+    int64_t i = 0;
+    for (; i + kChains <= count; i += kChains) {
+      unroll<kChains>([&](auto k) {
+        chains[k] = dot(chains[k], ones, load_ints(dwords + (i + k) * kLanes * 4));
+      });
+    }
+    for (; i < count; ++i) chains[0] = dot(chains[0], ones, load_ints(dwords + i * kLanes * 4));
+    sums[kh] = add(add(chains[0], chains[1]), add(chains[2], chains[3]));
+    dwords += count * kLanes * 4;
+  }
+}
+#else
+inline void sum_levels(const ConvGeometry&, const DirectLayout&, const uint8_t*, Ints*) {}
+#endif
+
+struct DirectWeightScratch {
+  uint8_t* dwords;     // (groups, vectors, vector_step)
+  DwordLevel* levels;  // of one vector, before they are spread
+  Ints* level_sums;    // (groups, vectors, kernel_h)
+};
+
+inline DirectWeightScratch direct_weight_scratch(const ConvGeometry& g, int32_t bits,
+                                                 Arena* arena) {
+  DirectWeightScratch scratch{};
+  if (bits == 32) return scratch;
+  const DirectLayout layout = direct_layout<uint32_t>(g);
+  scratch.dwords = arena->take<uint8_t>(g.groups * layout.group_dwords * 4);
+  scratch.levels = arena->take<DwordLevel>(layout.codes(0));
+  scratch.level_sums = arena->take<Ints>(g.groups * layout.vectors * g.kernel_h);
+  return scratch;
+}
+
+// Makes weights ready. They take the scratch memory of vectors `slot` and following.
+struct DirectWeightSource {
+  const uint8_t* held;
+  ConvGeometry geometry;
+  DirectLayout layout;
+  int32_t bits;
+  bool centred;
+  bool needs_sums;
+  DirectWeightScratch scratch;
+
+  DirectWeights load(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
+    const DirectWeights ready = loaded(group, vector, vectors, slot);
+    if (bits == 32) return ready;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t first = v * layout.vector_step * 4;
+      if (!is_ready_as_held(vector, vectors)) {
+        read(held_vector(group, vector + v), vector + v,
+             scratch.dwords + slot * layout.vector_step * 4 + first);
+      }
+      if (needs_sums) {
+        sum_levels(geometry, layout, ready.dwords + first,
+                   scratch.level_sums + (slot + v) * geometry.kernel_h);
+      }
+    }
+    return ready;
+  }
+
+  // What load() has returned for the same vectors.
+  DirectWeights loaded(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
+    if (is_ready_as_held(vector, vectors)) {
+      return {held_vector(group, vector), scratch.level_sums + slot * geometry.kernel_h};
+    }
+    return {scratch.dwords + slot * layout.vector_step * 4,
+            scratch.level_sums + slot * geometry.kernel_h};
+  }
+
+ private:
+  bool is_ready_as_held(int64_t vector, int64_t vectors) const {
+    return bits == 32 ||
+           (bits == 8 && sizeof(DwordLevel) == 1 && !layout.is_padded(vector + vectors - 1));
+  }
+
+  const uint8_t* held_vector(int64_t group, int64_t vector) const {
+    if (bits == 32) return held + (group * layout.group_dwords + vector * layout.vector_step) * 4;
+    return held + group * layout.held_group_bytes(bits) + vector * layout.held_vector_bytes(bits);
+  }
+
+  void read(const uint8_t* dense, int64_t vector, uint8_t* dwords) const {
+    const int64_t count = layout.codes(vector);
+    if (!layout.is_padded(vector)) {
+      return read_dense_levels(dense, count, bits, centred, reinterpret_cast<DwordLevel*>(dwords));
+    }
+    read_dense_levels(dense, count, bits, centred, scratch.levels);
+    spread_levels<DwordLevel>(layout, layout.lanes(vector), scratch.levels,
+                              reinterpret_cast<DwordLevel*>(dwords));
+  }
+};
+
+inline DirectWeightSource direct_weight_source(const ConvTask& task, const DirectLayout& layout,
+                                               int32_t zero_point,
+                                               const DirectWeightScratch& scratch) {
+  const ConvWeight& weight = task.args->weight;
+  const bool centred = task.bits != 32 && weight.centred[index_of(weight.widths, task.bits)];
+  const bool needs_sums = task.bits != 32 && zero_point != 0;
+  return {static_cast<const uint8_t*>(task.tile),
+          task.args->geometry,
+          layout,
+          task.bits,
+          centred,
+          needs_sums,
+          scratch};
+}
+
 template <typename Dword, typename Vector>
 struct DirectScratch {
   RowScratch row;
@@ -161,12 +311,13 @@ struct DirectScratch {
   float* block;
   float* block_values;
   uint8_t* block_codes;
+  DirectWeightScratch weights;
   size_t bytes;
 };
 
 template <typename Dword, typename Vector>
 inline DirectScratch<Dword, Vector> direct_scratch(const WindowShape& shape, int64_t out_height,
-                                                   void* memory) {
+                                                   int32_t bits, void* memory) {
   Arena arena(memory);
   DirectScratch<Dword, Vector> scratch;
   scratch.row = row_scratch(shape, &arena);
@@ -178,6 +329,7 @@ inline DirectScratch<Dword, Vector> direct_scratch(const WindowShape& shape, int
   scratch.block = arena.take<float>(outputs);
   scratch.block_values = arena.take<float>(outputs);
   scratch.block_codes = arena.take<uint8_t>(outputs);
+  scratch.weights = direct_weight_scratch(shape.geometry, bits, &arena);
   scratch.bytes = arena.used();
   return scratch;
 }
@@ -231,41 +383,37 @@ struct DirectMultiply {
     }
   }
 
-  void start_sums(int64_t group, int64_t vector, int64_t vectors, int64_t row_begin,
-                  int64_t row_end, Ints* start) const {
+  void start_sums(const DirectWeights& weights, int64_t vectors, int64_t row_begin, int64_t row_end,
+                  Ints* start) const {
     start[0] = start[1] = zero_ints();
     if (zero_point == 0) return;
-    const int32_t* level_sums = static_cast<const int32_t*>(task->tile);
-    for (int64_t kh = row_begin; kh < row_end; ++kh) {
-      const int64_t first = (group * shape->geometry.kernel_h + kh) * layout.vectors + vector;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Ints sums = load_ints(level_sums + (first + v) * kLanes);
-        start[v] = subtract(start[v], multiply(sums, splat(zero_point)));
+    for (int64_t v = 0; v < vectors; ++v) {
+      Ints sums = zero_ints();
+      for (int64_t kh = row_begin; kh < row_end; ++kh) {
+        sums = add(sums, weights.level_sums[v * shape->geometry.kernel_h + kh]);
       }
+      start[v] = subtract(start[v], multiply(sums, splat(zero_point)));
     }
   }
 
-  void start_sums(int64_t, int64_t, int64_t, int64_t, int64_t, Floats* start) const {
+  void start_sums(const DirectWeights&, int64_t, int64_t, int64_t, Floats* start) const {
     start[0] = start[1] = zero_floats();
   }
 
   // Output pixels [x_begin, x_end) of row y, channels of one or two vectors of a group, into
   // `epilogue` with (out_y, 0) for (y, x_begin).
   void run(int64_t y, int64_t x_begin, int64_t x_end, int64_t group, int64_t vector,
-           int64_t vectors, const VectorEpilogue& epilogue, int64_t out_y, int64_t out_x) const {
+           int64_t vectors, const DirectWeights& ready, const VectorEpilogue& epilogue,
+           int64_t out_y, int64_t out_x) const {
     const ConvGeometry& g = shape->geometry;
     int64_t row_begin;
     int64_t row_end;
     inner_rows(y, &row_begin, &row_end);
     Vector start[2];
-    start_sums(group, vector, vectors, row_begin, row_end, start);
+    start_sums(ready, vectors, row_begin, row_end, start);
     const uint8_t* row =
         band.row(y * g.stride_h - g.pad_top + row_begin * g.dilation_h) + group * band.group_step;
-    const uint8_t* weights =
-        static_cast<const uint8_t*>(task->tile) +
-        (layout.sum_dwords + group * layout.group_dwords + vector * layout.vector_step +
-         row_begin * g.kernel_w * layout.planes * kLanes) *
-            4;
+    const uint8_t* weights = ready.dwords + row_begin * g.kernel_w * layout.planes * kLanes * 4;
     for_each_tile(x_end - x_begin, kTilePixels[vectors], [&](int64_t first, int64_t pixels) {
       const int64_t x = x_begin + first;
       // What is left out has to outweigh the ends of three loops instead of one: with 16 products
@@ -305,7 +453,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   const MixedConv2dArgs& args = *task.args;
   const ConvGeometry& g = args.geometry;
   const WindowShape shape = window_shape(g, args.input, args.output.width);
-  const auto scratch = direct_scratch<Dword, Vector>(shape, args.output.height, memory);
+  const auto scratch = direct_scratch<Dword, Vector>(shape, args.output.height, task.bits, memory);
   const RowSource source = row_source(task, scratch.row);
 
   DirectMultiply<Dword, Vector> multiply;
@@ -314,11 +462,20 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   multiply.layout = direct_layout<Dword>(g);
   multiply.zero_point = kSubtractsZeroPoint ? 0 : source.range.zero_point;
   multiply.sums = scratch.sums;
+  const DirectWeightSource weights =
+      direct_weight_source(task, multiply.layout, multiply.zero_point, scratch.weights);
 
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =
       in_place ? vector_epilogue(task) : scaling_epilogue(task, scratch.block, g.out_channels);
   const Epilogue rest = block_epilogue(task, scratch.block_values, scratch.block_codes);
+  const DirectLayout& layout = multiply.layout;
+  if (!in_place) {
+    for_each_vector_pair(g.groups, layout.vectors,
+                         [&](int64_t group, int64_t vector, int64_t vectors) {
+                           weights.load(group, vector, vectors, group * layout.vectors + vector);
+                         });
+  }
   const NextSample next(task);
   const int64_t block_pixels = direct_block_pixels(g, shape.out_width);
   const int64_t band_rows = direct_band_rows<Dword>(shape, args.output.height);
@@ -327,9 +484,11 @@ inline void conv_direct(const ConvTask& task, void* memory) {
     multiply.set_band(load_dword_band(shape, source, begin, end, scratch.band));
     if (in_place) {
       for_each_vector_pair(
-          g.groups, multiply.layout.vectors, [&](int64_t group, int64_t vector, int64_t vectors) {
+          g.groups, layout.vectors, [&](int64_t group, int64_t vector, int64_t vectors) {
+            // The levels of two vectors at most: they stay in the first or second-level cache.
+            const DirectWeights ready = weights.load(group, vector, vectors, 0);
             for (int64_t y = begin; y < end; ++y) {
-              multiply.run(y, 0, shape.out_width, group, vector, vectors, epilogue, y, 0);
+              multiply.run(y, 0, shape.out_width, group, vector, vectors, ready, epilogue, y, 0);
             }
           });
       continue;
@@ -338,10 +497,12 @@ inline void conv_direct(const ConvTask& task, void* memory) {
       next.fetch(y, args.output.height);
       for (int64_t x = 0; x < shape.out_width; x += block_pixels) {
         const int64_t x_end = min_of(x + block_pixels, shape.out_width);
-        for_each_vector_pair(g.groups, multiply.layout.vectors,
-                             [&](int64_t group, int64_t vector, int64_t vectors) {
-                               multiply.run(y, x, x_end, group, vector, vectors, epilogue, 0, 0);
-                             });
+        for_each_vector_pair(
+            g.groups, layout.vectors, [&](int64_t group, int64_t vector, int64_t vectors) {
+              const DirectWeights ready =
+                  weights.loaded(group, vector, vectors, group * layout.vectors + vector);
+              multiply.run(y, x, x_end, group, vector, vectors, ready, epilogue, 0, 0);
+            });
         finish_run(rest, y, x, x_end - x, scratch.block);
       }
     }

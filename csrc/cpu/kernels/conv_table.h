@@ -53,29 +53,28 @@ inline bool table_takes(const ConvGeometry& g, int32_t bits) {
          depth * 9 <= 0xffff;
 }
 
-// Its re-tiled weights: sums of the levels, int32 (O rounded up), then numbers of table rows, uint8
-// [block][outputs / 4][kernel_h][plane of the block][4].
+// Its weights: numbers of table rows [block][outputs / 4][kernel_h][plane of the block][4], bytes
+// as they are multiplied and held one after the other in six bits each.
 struct TableLayout {
   int64_t triples;
   int64_t outputs;  // rounded up
+  int64_t numbers;
 };
 
 inline TableLayout table_layout(const ConvGeometry& g) {
-  return {ceil_div(g.in_channels * g.kernel_w, 3), round_up(g.out_channels, kLanes)};
+  const int64_t triples = ceil_div(g.in_channels * g.kernel_w, 3);
+  const int64_t outputs = round_up(g.out_channels, kLanes);
+  return {triples, outputs, outputs * g.kernel_h * triples};
 }
 
 inline size_t table_tile_bytes(const ConvGeometry& g) {
-  const TableLayout layout = table_layout(g);
-  return static_cast<size_t>(layout.outputs) * sizeof(int32_t) +
-         static_cast<size_t>(layout.outputs * g.kernel_h * layout.triples);
+  return static_cast<size_t>(table_layout(g).numbers * 6 / 8);
 }
 
-inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool centred,
-                         void* tile) {
+inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, void* tile) {
   const TableLayout layout = table_layout(g);
   std::memset(tile, 0, table_tile_bytes(g));
-  int32_t* sums = static_cast<int32_t*>(tile);
-  uint8_t* rows = reinterpret_cast<uint8_t*>(sums + layout.outputs);
+  uint8_t* numbers = static_cast<uint8_t*>(tile);
   const int64_t run_bytes = packed_bytes(g.in_channels, 2);
   for_each_channel_run(g, [&](int64_t, int64_t o, int64_t tap, int64_t run) {
     const int64_t kh = tap / g.kernel_w;
@@ -84,17 +83,85 @@ inline void retile_table(const ConvGeometry& g, const uint8_t* canonical, bool c
     for (int64_t c = 0; c < g.in_channels; ++c) {
       const int32_t code =
           static_cast<int8_t>(extract_code<2, true>(packed[c / 4], static_cast<int>(c % 4)));
-      sums[o] += centred ? 2 * code + 1 : code;
       const int64_t element = c * g.kernel_w + kw;
       const int64_t triple = element / 3;
       const int64_t first = triple / kTableBlock * kTableBlock;
       const int64_t planes = min_of(layout.triples - first, kTableBlock);
       const int64_t row = (o / kTableOutputs * g.kernel_h + kh) * planes + (triple - first);
-      uint8_t& number =
-          rows[layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs];
-      number = static_cast<uint8_t>(number + ((code + 2) << (2 * (element % 3))));
+      const int64_t number =
+          layout.outputs * g.kernel_h * first + row * kTableOutputs + o % kTableOutputs;
+      const int64_t bit = 6 * number + 2 * (element % 3);
+      numbers[bit / 8] = static_cast<uint8_t>(numbers[bit / 8] | (code + 2) << (bit % 8));
     }
   });
+}
+
+// Memory for the weights as they are multiplied.
+struct TableWeightScratch {
+  uint8_t* numbers;
+  int32_t* level_sums;  // (O rounded up)
+  size_t bytes;
+};
+
+inline TableWeightScratch table_weight_scratch(const ConvGeometry& g, void* memory) {
+  Arena arena(memory);
+  const TableLayout layout = table_layout(g);
+  TableWeightScratch scratch;
+  scratch.numbers = arena.take<uint8_t>(round_up(layout.numbers, kTableLanes));
+  scratch.level_sums = arena.take<int32_t>(layout.outputs);
+  scratch.bytes = arena.used();
+  return scratch;
+}
+
+// 64 numbers at a time, from 48 bytes.
+inline void read_numbers(const uint8_t* held, int64_t count, uint8_t* numbers) {
+  alignas(64) uint8_t order[kTableLanes];
+  for (int i = 0; i < kTableLanes; ++i) order[i] = static_cast<uint8_t>(i / 8 * 6 + i % 8);
+  const __m512i sixes = _mm512_load_si512(order);  // six bytes that matter to eight
+  const __m512i shifts = _mm512_set1_epi64(0x2a241e18120c0600);
+  const __m512i mask = _mm512_set1_epi8(0x3f);
+  for (int64_t i = 0; i < count; i += kTableLanes) {
+    const __m512i bits = load_tail(held + i * 6 / 8, min_of((count - i) * 6 / 8, 48));
+    const __m512i fields =
+        _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(sixes, bits));
+    _mm512_storeu_si512(numbers + i, _mm512_and_si512(fields, mask));
+  }
+}
+
+// Sums of the levels of each output channel.
+inline void sum_table_levels(const ConvGeometry& g, const TableLayout& layout,
+                             const uint8_t* numbers, bool centred, int32_t* sums) {
+  // Three weights are at most 9.
+  constexpr int64_t kSteps = 28;
+  const __m512i ones = _mm512_load_si512(kProducts.rows[kOnes]);
+  const int32_t depth = static_cast<int32_t>(g.in_channels * g.kernel_h * g.kernel_w);
+  const __m512i low = _mm512_set1_epi32(0xff);
+  for (int64_t o = 0; o < layout.outputs; ++o) sums[o] = centred ? -3 * depth : -2 * depth;
+  for (int64_t block = 0; block < layout.triples; block += kTableBlock) {
+    const int64_t planes = min_of(layout.triples - block, kTableBlock);
+    const int64_t bytes = kTableOutputs * g.kernel_h * planes;
+    for (int64_t o = 0; o < layout.outputs; o += kTableOutputs) {
+      __m512i totals[kTableOutputs];
+      for (__m512i& total : totals) total = _mm512_setzero_si512();
+      for (int64_t i = 0; i < bytes;) {
+        __m512i bytes_sum = _mm512_setzero_si512();
+        for (const int64_t end = min_of(i + kSteps * kTableLanes, bytes); i < end;
+             i += kTableLanes) {
+          const __m512i weights = load_tail(numbers + i, bytes - i);
+          bytes_sum = _mm512_add_epi8(bytes_sum, _mm512_permutexvar_epi8(weights, ones));
+        }
+        unroll<kTableOutputs>([&](auto k) {
+          totals[k] = _mm512_add_epi32(totals[k],
+                                       _mm512_and_si512(_mm512_srli_epi32(bytes_sum, 8 * k), low));
+        });
+      }
+      for (int64_t k = 0; k < kTableOutputs; ++k) {
+        const int32_t total = _mm512_reduce_add_epi32(totals[k]);
+        sums[o + k] += centred ? 2 * total : total;
+      }
+      numbers += bytes;
+    }
+  }
 }
 
 // Keeps the compiler from turning a chain of sums into a tree, whose leaves it would have to spill.
@@ -462,12 +529,19 @@ inline void conv_table(const ConvTask& task, void* memory) {
   TableMultiply multiply;
   multiply.scratch = &scratch;
   multiply.layout = table_layout(g);
-  multiply.level_sums = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(task.tile) +
-                                                         direct_tile_bytes(g, 2));
-  multiply.weights =
-      reinterpret_cast<const uint8_t*>(multiply.level_sums + multiply.layout.outputs);
   multiply.zero_point = source.range.zero_point;
   multiply.centred = args.weight.centred[index_of(args.weight.widths, task.bits)];
+  const TableWeightScratch weights =
+      table_weight_scratch(g, static_cast<uint8_t*>(memory) + scratch.bytes);
+  read_numbers(static_cast<const uint8_t*>(task.tile), multiply.layout.numbers, weights.numbers);
+  if (multiply.zero_point != 0) {
+    sum_table_levels(g, multiply.layout, weights.numbers, multiply.centred, weights.level_sums);
+  } else {
+    std::memset(weights.level_sums, 0,
+                static_cast<size_t>(multiply.layout.outputs) * sizeof(int32_t));
+  }
+  multiply.weights = weights.numbers;
+  multiply.level_sums = weights.level_sums;
 
   const NextSample next(task);
   for (int64_t begin = task.row_begin; begin < task.row_end; begin += most_rows) {

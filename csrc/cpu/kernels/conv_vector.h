@@ -18,7 +18,7 @@ inline bool has_centred_levels(const MixedConv2dArgs& args, int32_t bits) {
   return args.weight.centred[index_of(args.weight.widths, bits)];
 }
 
-// The kernel for a sample. Weights for the table follow those for dot products.
+// The kernel for a sample.
 enum class ConvPath { kDepthwise, kPortable, kDirect, kTable };
 
 inline ConvPath conv_path(const MixedConv2dArgs& args, int32_t bits) {
@@ -33,26 +33,31 @@ inline ConvPath conv_path(const MixedConv2dArgs& args, int32_t bits) {
   return ConvPath::kDirect;
 }
 
-inline size_t vector_tile_bytes(const ConvGeometry& g, int32_t bits, bool centred) {
-  if (is_depthwise(g)) return depthwise_tile_bytes(g);
-  if (!direct_takes(bits, centred)) return filter_tile_bytes(g, bits, centred);
-  size_t bytes = direct_tile_bytes(g, bits);
+inline size_t vector_tile_bytes(const ConvGeometry& g, int32_t bits, bool centred, TileForm form) {
+  const bool is_direct = !is_depthwise(g) && direct_takes(bits, centred);
+  if (form == TileForm::kTable) {
 #if defined(__AVX512VBMI__)
-  if (table_takes(g, bits)) bytes += table_tile_bytes(g);
+    if (is_direct && table_takes(g, bits)) return table_tile_bytes(g);
 #endif
-  return bytes;
+    return 0;
+  }
+  if (is_direct) return direct_tile_bytes(g, bits);
+  return is_depthwise(g) ? depthwise_tile_bytes(g) : filter_tile_bytes(g, bits, centred);
 }
 
 inline void vector_retile(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
-                          bool centred, void* tile) {
+                          bool centred, TileForm form, void* tile) {
+  if (vector_tile_bytes(g, bits, centred, form) == 0) return;
+#if defined(__AVX512VBMI__)
+  if (form == TileForm::kTable) return retile_table(g, canonical, tile);
+#endif
   if (is_depthwise(g)) return retile_depthwise(g, canonical, bits, centred, tile);
   if (!direct_takes(bits, centred)) return retile_filters(g, canonical, bits, centred, tile);
-  retile_direct(g, canonical, bits, centred, tile);
-#if defined(__AVX512VBMI__)
-  if (table_takes(g, bits)) {
-    retile_table(g, canonical, centred, static_cast<uint8_t*>(tile) + direct_tile_bytes(g, bits));
-  }
-#endif
+  retile_direct(g, canonical, bits, tile);
+}
+
+inline TileForm vector_tile_form(const MixedConv2dArgs& args, int32_t bits) {
+  return conv_path(args, bits) == ConvPath::kTable ? TileForm::kTable : TileForm::kDots;
 }
 
 inline size_t vector_conv_scratch_bytes(const MixedConv2dArgs& args, int32_t bits) {
@@ -66,12 +71,14 @@ inline size_t vector_conv_scratch_bytes(const MixedConv2dArgs& args, int32_t bit
 #if defined(__AVX512VBMI__)
     case ConvPath::kTable: {
       const int64_t rows = table_band_rows(shape, args.output.height);
-      return table_scratch(table_shape(shape, rows), nullptr).bytes;
+      return table_scratch(table_shape(shape, rows), nullptr).bytes +
+             table_weight_scratch(args.geometry, nullptr).bytes;
     }
 #endif
     default:
-      return bits == 32 ? direct_scratch<float, Floats>(shape, args.output.height, nullptr).bytes
-                        : direct_scratch<uint32_t, Ints>(shape, args.output.height, nullptr).bytes;
+      return bits == 32
+                 ? direct_scratch<float, Floats>(shape, args.output.height, bits, nullptr).bytes
+                 : direct_scratch<uint32_t, Ints>(shape, args.output.height, bits, nullptr).bytes;
   }
 }
 

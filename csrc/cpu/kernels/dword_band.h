@@ -27,6 +27,8 @@ constexpr bool kSubtractsZeroPoint = false;
 using DwordPart = int16_t;
 constexpr bool kSubtractsZeroPoint = true;
 #endif
+// Of a weight.
+using DwordLevel = std::make_signed<DwordPart>::type;
 
 template <typename Dword>
 constexpr int64_t channels_per_dword() {

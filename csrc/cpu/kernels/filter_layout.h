@@ -5,6 +5,7 @@
 #include "bit_packing.h"
 #include "dot_blocks.h"
 #include "isa.h"
+#include "kernel_table.h"
 #include "quantizer.h"
 
 namespace dfs {
@@ -99,6 +100,19 @@ inline void retile_filters(const ConvGeometry& g, const uint8_t* canonical, int3
       return retile_float(g, canonical, static_cast<float*>(tile));
   }
 }
+
+// A table of kernels that has nothing else.
+inline size_t portable_tile_bytes(const ConvGeometry& g, int32_t bits, bool centred,
+                                  TileForm form) {
+  return form == TileForm::kDots ? filter_tile_bytes(g, bits, centred) : 0;
+}
+
+inline void portable_retile(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
+                            bool centred, TileForm form, void* tile) {
+  if (form == TileForm::kDots) retile_filters(g, canonical, bits, centred, tile);
+}
+
+inline TileForm portable_tile_form(const MixedConv2dArgs&, int32_t) { return TileForm::kDots; }
 
 }  // namespace
 }  // namespace DFS_ISA
