@@ -26,10 +26,6 @@ constexpr double kTeamShare = 0.2;
 
 using Clock = std::chrono::steady_clock;
 
-double nanoseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
-}
-
 int64_t pixel_bytes(int64_t channels, int32_t bits) { return (channels * bits + 7) / 8; }
 
 int32_t widest(const WidthTable& widths) { return widths.bits[widths.count - 1]; }
@@ -360,8 +356,9 @@ void Engine::run_sample(const EngineCall& call, const EngineOutput& output, int6
   Clock::time_point start = Clock::now();
   const auto lap = [&](double* into, size_t index) {
     if (into == nullptr) return;
-    into[index] += nanoseconds_since(start);
-    start = Clock::now();
+    const Clock::time_point now = Clock::now();
+    into[index] += std::chrono::duration<double, std::nano>(now - start).count();
+    start = now;
   };
 
   space.stream = 0;

@@ -97,6 +97,7 @@ class Engine:
             name: Cost.from_dict(values, graph.gated_blocks, len(graph.choices))
             for name, values in dict(self.extra.get(_COSTS, {})).items()
         }
+        self._image_shape = (graph.architecture.in_channels, *graph.image_size)
         self._tensors = tensors
         self._executor = self._make_executor(device)
         stored = self.extra.get(_BUDGET)
@@ -253,12 +254,12 @@ class Engine:
     def _arguments(
         self, images: Tensor, policy: Policy, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        shape = (self.graph.architecture.in_channels, *self.graph.image_size)
+        shape = self._image_shape
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         if images.dtype not in (torch.float32, torch.uint8):
             raise TypeError(f"images must be float32 or uint8, got {images.dtype}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != shape:
+        if images.dim() != 4 or images.shape[1:] != shape:
             raise ValueError(f"images must be (N, {shape}), got {tuple(images.shape)}")
         if images.device != device:
             place = "the CPU" if device.type == "cpu" else device

@@ -48,7 +48,9 @@ class NativeExecutor:
     ) -> None:
         if _cpu is None:
             raise RuntimeError("the compiled module dfs_kernels._cpu is missing")
-        self._graph = graph
+        self._classes = graph.architecture.num_classes
+        self._blocks = len(graph.architecture.blocks)
+        self._gates = graph.gated_blocks
         self._engine = _cpu.Engine(_network_spec(graph, tensors, pixel_values))
 
     def weight_bytes(self) -> int:
@@ -72,15 +74,14 @@ class NativeExecutor:
             choice_bias: float64 (choices,), or None for the network's own.
             timed: measure blocks and gates; on one thread.
         """
-        graph = self._graph
-        gates = graph.gated_blocks
+        gates = self._gates
         batch, channels, height, width = images.shape
-        logits = torch.empty(batch, graph.architecture.num_classes)
+        logits = torch.empty(batch, self._classes)
         bits = torch.empty(batch, gates, dtype=torch.int32)
         cost = torch.empty(batch, dtype=torch.float64)
         times = gate_times = None
         if timed:
-            times = torch.zeros(len(graph.architecture.blocks) + 2, dtype=torch.float64)
+            times = torch.zeros(self._blocks + 2, dtype=torch.float64)
             gate_times = torch.zeros(gates, dtype=torch.float64)
         count = torch.get_num_threads() if threads is None else threads
         values, pixels = images.data_ptr(), 0

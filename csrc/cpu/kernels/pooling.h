@@ -20,25 +20,26 @@ inline void sum_whole_runs(const uint8_t* codes, int64_t pixels, int64_t stride,
     const int64_t last = min_of(first + kPooledRun, pixels);
     // Of the second bytes of pairs, and of pairs, modulo 2^16; by turns, since each addition waits
     // for the one before.
-    BytePairs seconds[2] = {};
-    BytePairs pairs[2] = {};
-    const auto add_run = [&](int64_t p, int turn) {
+    constexpr int kTurns = 4;
+    BytePairs seconds[kTurns];
+    BytePairs pairs[kTurns];
+    unroll<kTurns>([&](auto turn) { seconds[turn] = pairs[turn] = BytePairs{}; });
+    const auto add_run = [&](int64_t p, auto turn) {
       BytePairs run;
       std::memcpy(&run, codes + p * stride, sizeof(run));
       pairs[turn] += run;
       seconds[turn] += run >> 8;
     };
     int64_t p = first;
-    for (; p + 2 <= last; p += 2) {
-      add_run(p, 0);
-      add_run(p + 1, 1);
+    for (; p + kTurns <= last; p += kTurns) {
+      unroll<kTurns>([&](auto turn) { add_run(p + turn, turn); });
     }
-    if (p < last) add_run(p, 0);
-    seconds[0] += seconds[1];
-    const BytePairs firsts = pairs[0] + pairs[1] - (seconds[0] << 8);
+    for (; p < last; ++p) add_run(p, std::integral_constant<int, 0>{});
+    const BytePairs second = (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]);
+    const BytePairs firsts = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]) - (second << 8);
     for (int64_t i = 0; i < kPooledChannels / 2; ++i) {
       sums[2 * i] += firsts[i];
-      sums[2 * i + 1] += seconds[0][i];
+      sums[2 * i + 1] += second[i];
     }
   }
 }
@@ -65,7 +66,9 @@ inline void sum_pixels(const uint8_t* codes, int64_t pixels, int64_t channels, i
     const int64_t together = kPooledChannels / channels;
     int32_t wide[kPooledChannels] = {};
     sum_whole_runs(codes, pixels / together, kPooledChannels, wide);
-    for (int64_t i = 0; i < kPooledChannels; ++i) sums[i % channels] += wide[i];
+    for (int64_t i = 0; i < kPooledChannels; i += channels) {
+      for (int64_t c = 0; c < channels; ++c) sums[c] += wide[i + c];
+    }
     const int64_t done = pixels / together * together;
     sum_runs(codes + done * channels, pixels - done, channels, channels, sums);
     return;
