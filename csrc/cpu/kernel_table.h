@@ -91,7 +91,8 @@ struct KernelTable {
   // The form that conv_rows takes.
   TileForm (*tile_form)(const MixedConv2dArgs& args, int32_t bits);
 
-  // ConvTask::code_steps for an output whose zero point at 2 bits is 0; sums fit 15 bits and a sign.
+  // ConvTask::code_steps for an output whose zero point at 2 bits is 0; sums fit 15 bits and a
+  // sign.
   void (*find_code_steps)(const float* multiplier, const float* offset, int64_t channels,
                           const Quantizer& output, int16_t* steps);
 
