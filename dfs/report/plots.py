@@ -144,7 +144,10 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     points = [(100 * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
     front = [points[i] for i in pareto_front(points)]
     best, worst = max(y for _, y in points), min(y for _, y in points)
-    crowded = best - worst > _CROWDED
+    # The better half is seen whole, even where one point is far above it.
+    middle = sorted(y for _, y in points)[len(points) // 2]
+    depth = max(_BEST, 1.1 * (best - middle))
+    crowded = best - worst > max(_CROWDED, 2 * depth)
     figure, panels = pyplot.subplots(
         1, 1 + crowded, figsize=(12 if crowded else 7.5, 4.5), squeeze=False
     )
@@ -157,8 +160,8 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
         axis.grid(alpha=0.3)
     panels[0, 0].set_ylabel("test accuracy, %")
     if crowded:
-        near = [x for x, y in points if y > best - _BEST]
-        panels[0, 1].set_ylim(best - _BEST, best + _BEST / 8)
+        near = [x for x, y in points if y > best - depth]
+        panels[0, 1].set_ylim(best - depth, best + depth / 8)
         panels[0, 1].set_xlim(0.8 * min(near), 1.25 * max(near))
         panels[0, 1].set_title("the best of them", loc="left", fontsize=10)
     panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
