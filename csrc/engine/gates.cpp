@@ -83,7 +83,7 @@ size_t Gates::scratch_bytes(const FeatureMap& features) const {
   if (gates_.empty()) return 0;
   const Gate& gate = gates_[0];
   if (gate.kind == GateKind::kRecurrent) {
-    return gate_scratch_bytes({&gate.embed, &input_, &recurrent_, &project_}, features);
+    return gate_scratch_bytes(maps_of(gate), features);
   }
   // Means, deviations and hidden units.
   const int64_t doubles = 2 * features.channels + gate_room(hidden_);
@@ -95,7 +95,7 @@ int32_t Gates::decide(int64_t index, const GateStep& step, const KernelTable& ta
   const Gate& gate = gates_[static_cast<size_t>(index)];
   int64_t choice = 0;
   if (gate.kind == GateKind::kRecurrent) {
-    choice = gate_step(step, {&gate.embed, &input_, &recurrent_, &project_}, table, scratch);
+    choice = gate_step(step, maps_of(gate), table, scratch);
   } else if (gate.kind == GateKind::kFeedForward) {
     choice = decide_feed_forward(gate, step, table, scratch);
   } else {

@@ -34,6 +34,9 @@ class Gates {
     std::vector<double> logits;  // of a constant one
   };
 
+  RnnGateMaps maps_of(const Gate& gate) const {
+    return {&gate.embed, &input_, &recurrent_, &project_};
+  }
   int64_t decide_feed_forward(const Gate& gate, const GateStep& step, const KernelTable& table,
                               void* scratch) const;
 

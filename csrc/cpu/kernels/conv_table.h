@@ -113,11 +113,19 @@ inline TableWeightScratch table_weight_scratch(const ConvGeometry& g, void* memo
   return scratch;
 }
 
+// Order of bytes that gives each eight the six that matter to them.
+struct SixesOrder {
+  alignas(64) uint8_t bytes[kTableLanes];
+
+  constexpr SixesOrder() : bytes() {
+    for (int i = 0; i < kTableLanes; ++i) bytes[i] = static_cast<uint8_t>(i / 8 * 6 + i % 8);
+  }
+};
+
 // 64 numbers at a time, from 48 bytes.
 inline void read_numbers(const uint8_t* held, int64_t count, uint8_t* numbers) {
-  alignas(64) uint8_t order[kTableLanes];
-  for (int i = 0; i < kTableLanes; ++i) order[i] = static_cast<uint8_t>(i / 8 * 6 + i % 8);
-  const __m512i sixes = _mm512_load_si512(order);  // six bytes that matter to eight
+  static constexpr SixesOrder kSixes;
+  const __m512i sixes = _mm512_load_si512(kSixes.bytes);
   const __m512i shifts = _mm512_set1_epi64(0x2a241e18120c0600);
   const __m512i mask = _mm512_set1_epi8(0x3f);
   for (int64_t i = 0; i < count; i += kTableLanes) {
