@@ -21,6 +21,7 @@ from dfs.nn.conv import DFSConv2d
 from dfs.nn.folded import FoldedConv, Stream, run_packed_stem
 from dfs.nn.gate import GateDecision, State
 from dfs.nn.gates import make_gate
+from dfs.nn.layout import in_fast_layout
 from dfs.nn.norm import PerWidthBatchNorm2d
 from dfs.nn.quantizers import quantizer_class
 from dfs.nn.semantics import Semantics
@@ -281,7 +282,7 @@ class DynamicResNet(nn.Module):
 
     def full_precision(self, x: Tensor) -> Tensor:
         """Logits of the float network, every BatchNorm at its widest option."""
-        x = self.pool(torch.relu(self.bn_stem(self.stem(x), None)))
+        x = self.pool(torch.relu(self.bn_stem(in_fast_layout(self.stem(x)), None)))
         for block in self.blocks:
             x = block(x, None)
         return self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)

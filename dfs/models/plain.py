@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfs.models.architecture import Architecture, as_architecture
 from dfs.models.torchvision_keys import from_torchvision
+from dfs.nn.layout import in_fast_layout
 from dfs.nn.replicas import SyncedBatchNorm2d
 from dfs.nn.shapes import BlockShape
 
@@ -60,7 +61,7 @@ class PlainResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pool_float(torch.relu(self.bn_stem(self.stem(x))), self.architecture)
+        x = pool_float(torch.relu(self.bn_stem(in_fast_layout(self.stem(x)))), self.architecture)
         for block in self.blocks:
             x = block(x)
         return self.classifier(x.mean((2, 3), keepdim=True)).flatten(1)
