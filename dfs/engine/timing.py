@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ GATES = "gates"
 # Images that take turns at batch 1, where what the gates decide makes the difference.
 _DIFFERENT_IMAGES = 256
 _ROUNDS = 10
+_PASS_ROUNDS = 15
 # Of all calls of a contestant at one batch size, about.
 _SECONDS = 0.5
 _FEWEST_CALLS, _MOST_CALLS_PER_ROUND = 1, 50
@@ -199,6 +201,23 @@ def _take_turns(calls: Sequence[Call]) -> list[list[float]]:
             call()
             seconds += [_seconds(call) for _ in range(count)]
     return times
+
+
+def milliseconds_in_turns(
+    passes: Sequence[Call], images: int, rounds: int = _PASS_ROUNDS
+) -> list[float]:
+    """Milliseconds per image of every contestant, the median over rounds in which all take turns.
+
+    Args:
+        passes: each runs the same images, which may take different times; they count as a whole.
+        images: how many.
+    """
+    seconds: list[list[float]] = [[] for _ in passes]
+    for _ in range(rounds):
+        for run, taken in zip(passes, seconds, strict=True):
+            time.sleep(_PAUSE_SECONDS)
+            taken.append(_seconds(run))
+    return [statistics.median(taken) * 1e3 / images for taken in seconds]
 
 
 def _seconds(call: Call) -> float:

@@ -29,7 +29,11 @@ COST_LABELS = {
     "paper_cost": "paper cost, % of full precision",
     "bitops": "BitOPs, % of full precision",
     "latency": "latency by table, % of full precision",
+    "engine_1": "ms per image in the engine, batch 1",
+    "engine_64": "ms per image in the engine, batch 64",
 }
+# Those that are fractions, shown in percent.
+_FRACTIONS = ("paper_cost", "bitops", "latency")
 
 
 def require_plotting() -> None:
@@ -132,7 +136,7 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     """Accuracy over a cost, a series per method, with the Pareto front, as a PNG.
 
     Args:
-        cost: "paper_cost", "bitops" or "latency".
+        cost: out of ``COST_LABELS``.
 
     Returns:
         False, without a file, if no row has that cost.
@@ -141,7 +145,8 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     if not known:
         return False
     pyplot = pyplot_for_files()
-    points = [(100 * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
+    scale = 100 if cost in _FRACTIONS else 1
+    points = [(scale * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
     front = [points[i] for i in pareto_front(points)]
     best, worst = max(y for _, y in points), min(y for _, y in points)
     # The better half is seen whole, even where one point is far above it.

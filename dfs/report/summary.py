@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -28,6 +28,10 @@ class SummaryRow:
             accuracy and costs are fractions. None where there is no run, or no latency table.
         distinct_decisions: how many decision vectors the images got, a mean too; 1 is the same
             decision for every image.
+        permuted: mean accuracy when images are given each other's decisions; None where all images
+            get the same.
+        engine_1, engine_64: milliseconds per image of the frozen network on a CPU, in batches of 1
+            and 64; None where it was not timed.
         spread: sample standard deviation of the accuracy; None for one seed.
         note: what went wrong, if anything.
     """
@@ -43,6 +47,9 @@ class SummaryRow:
     latency: float | None
     milliseconds_per_image: float | None
     distinct_decisions: float | None = None
+    permuted: float | None = None
+    engine_1: float | None = None
+    engine_64: float | None = None
     note: str = ""
 
     @property
@@ -79,6 +86,9 @@ def _row(label: str, target: float | None, group: list[dict[str, Any]]) -> Summa
         _mean([r["latency"] for r in good]),
         _mean([r["milliseconds_per_image"] for r in good]),
         _mean([r.get("distinct_decisions") for r in good]),
+        _mean([statistics.fmean(r["permuted"]) if "permuted" in r else None for r in good]),
+        _mean([r.get("engine_1") for r in good]),
+        _mean([r.get("engine_64") for r in good]),
         "; ".join(notes),
     )
 
@@ -100,33 +110,55 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-_HEADINGS = ("network", "seeds", "accuracy %", "paper cost %", "BitOPs %")
+class _Column(NamedTuple):
+    """A figure of every row: its field, its heading, and how it is shown."""
 
-
-def _cells(row: SummaryRow, with_latency: bool) -> list[str]:
-    accuracy = _percent(row.accuracy)
-    if row.spread is not None:
-        accuracy += f" ± {row.spread * 100:.2f}"
-    cells = [row.name, str(row.seeds), accuracy, _percent(row.paper_cost), _percent(row.bitops)]
-    if with_latency:
-        cells.append(_percent(row.latency))
-    took = row.milliseconds_per_image
-    distinct = row.distinct_decisions
-    cells.append("-" if took is None else f"{took:.3f}")
-    return [*cells, "-" if distinct is None else f"{distinct:.4g}", row.note]
+    field: str
+    heading: str
+    show: Callable[[float | None], str]
+    optional: bool = False
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value * 100:.2f}"
 
 
-def _headings(with_latency: bool) -> list[str]:
-    latency = ["latency %"] if with_latency else []
-    return [*_HEADINGS, *latency, "ms per image", "decisions", "note"]
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
-def _has_latency(rows: Sequence[SummaryRow]) -> bool:
-    return any(row.latency is not None for row in rows)
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+# Optional ones are there if any network has the figure.
+_COLUMNS = (
+    _Column("paper_cost", "paper cost %", _percent),
+    _Column("bitops", "BitOPs %", _percent),
+    _Column("latency", "latency %", _percent, optional=True),
+    _Column("milliseconds_per_image", "ms per image", _milliseconds),
+    _Column("engine_1", "engine ms, batch 1", _milliseconds, optional=True),
+    _Column("engine_64", "engine ms, batch 64", _milliseconds, optional=True),
+    _Column("distinct_decisions", "decisions", _count),
+    _Column("permuted", "permuted %", _percent, optional=True),
+)
+
+
+def _columns(rows: Sequence[SummaryRow]) -> list[_Column]:
+    return [c for c in _COLUMNS if not c.optional or any(_figure(r, c) is not None for r in rows)]
+
+
+def _figure(row: SummaryRow, column: _Column) -> float | None:
+    found: float | None = getattr(row, column.field)
+    return found
+
+
+def _cells(row: SummaryRow, columns: Sequence[_Column]) -> list[str]:
+    accuracy = _percent(row.accuracy)
+    if row.spread is not None:
+        accuracy += f" ± {row.spread * 100:.2f}"
+    figures = (column.show(_figure(row, column)) for column in columns)
+    return [row.name, str(row.seeds), accuracy, *figures, row.note]
 
 
 def to_markdown(rows: Sequence[SummaryRow]) -> str:
@@ -185,8 +217,9 @@ def rows_of(about: dict[str, Any]) -> list[SummaryRow]:
 
 def table_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
     """Headings, and the cells of every row, as texts."""
-    with_latency = _has_latency(rows)
-    return [_headings(with_latency), *(_cells(row, with_latency) for row in rows)]
+    columns = _columns(rows)
+    headings = ["network", "seeds", "accuracy %", *(c.heading for c in columns), "note"]
+    return [headings, *(_cells(row, columns) for row in rows)]
 
 
 def rich_summary(rows: Sequence[SummaryRow], title: str) -> Table:

@@ -67,10 +67,11 @@ def evaluate_cascade(
     latency_table: LatencyTable | None = None,
 ) -> Evaluation:
     """Accuracy, costs and time; ``bits`` holds the width that gave an image's answer."""
-    model, correct, reran = cascade.model, 0, []
+    model = cascade.model
+    correct, reran = [], []
     for batch in images.batches(batch_size):
         out = cascade.run(batch.images)
-        correct += int((out.logits.argmax(1) == batch.labels).sum())
+        correct.append(out.logits.argmax(1) == batch.labels)
         reran.append(out.again)
     again = torch.cat(reran)
     took = milliseconds_per_image(cascade.run, images, batch_size)
@@ -78,7 +79,7 @@ def evaluate_cascade(
     costs = {cost.name: float(cascade.cost(again, cost).mean()) for cost in found}
     bits = torch.where(again.cpu(), cascade.high, cascade.low).to(torch.int32)
     answered = bits[:, None].expand(-1, model.gated_blocks)
-    return Evaluation.of(correct / len(images), costs, took, batch_size, answered)
+    return Evaluation.of(torch.cat(correct), costs, took, batch_size, answered)
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -25,25 +25,25 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        accuracy: fraction of the images classified rightly.
         paper_cost, bitops: fractions of the full-precision network.
         milliseconds: per image, median over passes through up to 1,024 images in batches.
         batch_size: what those batches held.
         bits: int32 (N, gated blocks), every decision; None for a plain network.
+        correct: bool (N,), the images that were classified rightly.
         latency: by a table of measured parts, as a fraction of full precision; None without one.
     """
 
-    accuracy: float
     paper_cost: float
     bitops: float
     milliseconds: float
     batch_size: int
     bits: Tensor | None
+    correct: Tensor
     latency: float | None = None
 
     @staticmethod
     def of(
-        accuracy: float,
+        correct: Tensor,
         costs: Mapping[str, float],
         milliseconds: float,
         batch_size: int,
@@ -51,7 +51,13 @@ class Evaluation:
     ) -> Evaluation:
         """With costs by their names; the latency may be missing."""
         named = (costs["paper"], costs["bitops"])
-        return Evaluation(accuracy, *named, milliseconds, batch_size, bits, costs.get("latency"))
+        measured = (*named, milliseconds, batch_size, bits, correct.cpu())
+        return Evaluation(*measured, costs.get("latency"))
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images classified rightly."""
+        return int(self.correct.sum()) / len(self.correct)
 
     @property
     def widths_used(self) -> tuple[int, ...]:
@@ -95,8 +101,7 @@ def evaluate(
     if len(images) == 0:
         raise ValueError("images must not be empty")
     model.eval()
-    correct = 0
-    bits, masks = [], []
+    bits, masks, correct = [], [], []
     for batch in images.batches(batch_size):
         if isinstance(model, DynamicResNet):
             out = model.run(batch.images, policy)
@@ -105,7 +110,7 @@ def evaluate(
             logits = out.logits
         else:
             logits = model(batch.images)
-        correct += int((logits.argmax(1) == batch.labels).sum())
+        correct.append(logits.argmax(1) == batch.labels)
     took = milliseconds_per_image(lambda x: _logits(model, x, policy), images, batch_size)
     costs = {"paper": 1.0, "bitops": 1.0, "latency": 1.0}
     if isinstance(model, DynamicResNet):
@@ -115,7 +120,7 @@ def evaluate(
     if latency_table is None:
         costs.pop("latency", None)
     decided = torch.cat(bits).cpu() if bits else None
-    return Evaluation.of(correct / len(images), costs, took, batch_size, decided)
+    return Evaluation.of(torch.cat(correct), costs, took, batch_size, decided)
 
 
 def costs_of(

@@ -8,6 +8,7 @@ goes on from there:
     shared/KEY     a run of the first stages
     runs/KEY       a run of the stages behind them
     results/KEY.json
+    engines.json    times of all networks as they are deployed, once all are trained
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dfs.cost import FULL_BITS, make_cost
 from dfs.data import DataSplits
-from dfs.latency import LatencyTable
+from dfs.engine import Engine, freeze
+from dfs.engine.timing import milliseconds_in_turns
+from dfs.latency import LatencyTable, describe_machine, thread_count
 from dfs.models import architecture_of, resnet_depth
-from dfs.train.cascade import cascade_for_target, evaluate_cascade
+from dfs.train.cascade import cascade_for_target, confidence, evaluate_cascade
 from dfs.train.checkpoint import write_beside
 from dfs.train.config import TrainConfig
 from dfs.train.evaluate import Evaluation, costs_of, evaluate
 from dfs.train.network import CHECKPOINT_NAME, build_dynamic
+from dfs.train.oracle import permuted_accuracies
+from dfs.train.outcomes import compare_with_rivals, encode_outcomes
 from dfs.train.recipes import prefix_key, shareable_stages, stages_of
 from dfs.train.stages import StageError
 from dfs.train.trainer import Trainer, check_reach, load_data
@@ -54,6 +61,11 @@ _CASCADE_HIGH = 8
 _FEWEST_STEPS = 3
 # Of the ImageNet networks.
 _HALF_DEPTH = {34: 18, 50: 18, 101: 50}
+ENGINES_NAME = "engines.json"
+# Images in a call, and in a pass, of the engines' times.
+ENGINE_BATCHES = {1: 64, 64: 256}
+# By which networks are compared.
+_MEASURES = ("paper_cost", "bitops", *(f"engine_{batch}" for batch in ENGINE_BATCHES))
 
 
 @dataclass(frozen=True)
@@ -189,9 +201,14 @@ class Sweep:
                 check_reach(entry.config, *reach)
 
     def results(self) -> list[dict[str, Any]]:
-        """Of the entries that are done, in order."""
-        found = [self._result_path(entry) for entry in self.entries]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+        """Of the entries that are done, in order, with the times of their engines if known."""
+        times = self._engine_times()
+        found = [(entry.key, self._result_path(entry)) for entry in self.entries]
+        return [
+            json.loads(path.read_text(encoding="utf-8")) | times.get(key, {})
+            for key, path in found
+            if path.exists()
+        ]
 
     def about(self) -> dict[str, Any]:
         """What its table says beside the rows: title, settings, decisions of the first seed."""
@@ -207,6 +224,7 @@ class Sweep:
             "test_images": test,
             "left_out": self.skipped,
             "base": self.base.to_dict(),
+            "comparisons": [asdict(c) for c in compare_with_rivals(self.results(), _MEASURES)],
             "decisions": [
                 {
                     "title": f"{r['label']}, target {r['target']:.2%}: cost {r['paper_cost']:.2%}",
@@ -247,7 +265,63 @@ class Sweep:
             write_beside(self._result_path(entry), json.dumps(result, indent=2) + "\n")
             if finished is not None:
                 finished(result)
+        self.time_engines()
         return True
+
+    def time_engines(self, threads: int = 1) -> None:
+        """Freeze all networks and time them in turns, unless that was done since the last result.
+
+        Milliseconds per image on a CPU, as the gates decide, on the first test images. A network
+        that has no frozen form has no times.
+        """
+        good = [entry for entry in self.entries if self._is_good(entry)]
+        if not good or self._engine_times().keys() >= {entry.key for entry in good}:
+            return
+        runs = {entry.key: self._deployed(entry) for entry in good}
+        found: dict[str, dict[str, float]] = {key: {} for key in runs}
+        timed = {key: run for key, run in runs.items() if run is not None}
+        test = self.data(self.seeds[0]).test
+        with thread_count(threads), torch.no_grad():
+            for batch, count in ENGINE_BATCHES.items():
+                images = test.first(count).cpu()
+                passes = [partial(_run_all, run, images.split(batch)) for run in timed.values()]
+                for key, took in zip(
+                    timed, milliseconds_in_turns(passes, len(images)), strict=True
+                ):
+                    found[key][f"engine_{batch}"] = took
+        content = {"threads": threads, "machine": describe_machine(), "milliseconds": found}
+        write_beside(self.folder / ENGINES_NAME, json.dumps(content, indent=2) + "\n")
+
+    def _engine_times(self) -> dict[str, dict[str, float]]:
+        path = self.folder / ENGINES_NAME
+        if not path.exists():
+            return {}
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))[
+            "milliseconds"
+        ]
+        return found
+
+    def _is_good(self, entry: Entry) -> bool:
+        path = self._result_path(entry)
+        return path.exists() and "failed" not in json.loads(path.read_text(encoding="utf-8"))
+
+    def _deployed(self, entry: Entry) -> Callable[[Tensor], object] | None:
+        """What runs images (N, C, H, W) as the entry's network is deployed."""
+        config, data = entry.config, self.data(entry.config.seed)
+        widths = config.static_widths
+        if widths == (FULL_BITS,):
+            return None
+        model = Trainer.load(self._run_folder(entry), data).model.eval()
+        try:
+            engine = freeze(model, data.image_size)
+        except ValueError:
+            # Widths or quantizers that are only simulated.
+            return None
+        if entry.method == "cascade":
+            saved = json.loads(self._result_path(entry).read_text(encoding="utf-8"))
+            low, high = widths
+            return partial(_run_cascade, engine, low, high, saved["threshold"])
+        return partial(engine, policy=widths[0] if widths else None)
 
     def runs_ahead(self) -> Iterator[RunAhead]:
         """What is still to be trained, each once."""
@@ -397,6 +471,9 @@ class Sweep:
         else:
             policy = widths[0] if widths else None
             measured = evaluate(model, test, policy, latency_table=table)
+            if measured.distinct_decisions > 1:
+                assert measured.bits is not None
+                result["permuted"] = permuted_accuracies(model, test, measured.bits)
         return result | self._figures(trainer, measured, table)
 
     def _figures(
@@ -419,6 +496,8 @@ class Sweep:
             costs["latency"] = measured.latency
         return {
             "accuracy": measured.accuracy,
+            "images": len(measured.correct),
+            "outcomes": encode_outcomes(measured.correct),
             "paper_cost": costs["paper"] * relative["paper"],
             "bitops": costs["bitops"] * relative["bitops"],
             "latency": costs["latency"] * relative["latency"] if "latency" in costs else None,
@@ -533,6 +612,17 @@ class _Clock:
                 progress(SweepProgress(*at))
 
         return told
+
+
+def _run_all(run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> None:
+    for images in batches:
+        run(images)
+
+
+def _run_cascade(engine: Engine, low: int, high: int, threshold: float, images: Tensor) -> None:
+    again = confidence(engine(images, low).logits) < threshold
+    if bool(again.any()):
+        engine(images[again], high)
 
 
 def _static(config: TrainConfig, *widths: int) -> TrainConfig:

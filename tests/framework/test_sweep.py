@@ -14,9 +14,10 @@ from dfs.report import pareto_front, read_tables, summarise, write_tables
 from dfs.report.summary import to_markdown
 from dfs.train import Trainer
 from dfs.train.cascade import Cascade, cascade_for_target, confidence, evaluate_cascade
+from dfs.train.outcomes import decode_outcomes
 from dfs.train.recipes import prefix_key, stages_of
 from dfs.train.static import dynamic_passes
-from dfs.train.sweep import METHODS, Sweep, SweepProgress
+from dfs.train.sweep import ENGINE_BATCHES, ENGINES_NAME, METHODS, Sweep, SweepProgress
 from tests.framework.helpers import TINY, settled_model, tiny_data
 
 # Quick, and as deep as halving the depth needs.
@@ -57,6 +58,33 @@ def test_a_sweep_has_a_result_for_every_method(swept: Path, data: DataSplits) ->
     assert set(by_method["cascade"]["widths_used"]) <= {2, 8}
     # Skipping as many blocks costs 16 times as much at 32 bits as at 8.
     assert by_method["skipnet"]["target"] == pytest.approx(16 * 0.03)
+
+
+def test_a_sweep_times_its_networks_as_they_are_deployed(swept: Path, data: DataSplits) -> None:
+    written = (swept / ENGINES_NAME).read_text()
+    assert json.loads(written)["threads"] == 1
+    for result in _sweep(swept, data).results():
+        # The float network is not packed.
+        timed = result["method"] != "static32"
+        assert all((f"engine_{batch}" in result) == timed for batch in ENGINE_BATCHES)
+        if timed:
+            assert 0 < result["engine_64"] < 10
+    # Once only.
+    _sweep(swept, data).time_engines()
+    assert (swept / ENGINES_NAME).read_text() == written
+
+
+def test_results_say_which_images_were_right(swept: Path, data: DataSplits) -> None:
+    sweep = _sweep(swept, data)
+    for result in sweep.results():
+        correct = decode_outcomes(result["outcomes"], result["images"])
+        assert len(correct) == len(data.test)
+        assert correct.double().mean() == pytest.approx(result["accuracy"])
+        decides = result["distinct_decisions"] > 1 and result["method"] != "cascade"
+        assert ("permuted" in result) == decides
+    compared = sweep.about()["comparisons"]
+    assert {c["name"] for c in compared} <= {"DFS, 3.00%"}
+    assert {c["measure"] for c in compared} >= {"paper_cost", "bitops"}
 
 
 def test_a_sweep_shares_what_it_can(swept: Path, data: DataSplits) -> None:

@@ -82,6 +82,8 @@ def test_a_sweep_goes_on_and_leaves_tables_plots_and_a_page(
     assert [Path(p).name for p in printed.split()] == [
         "accuracy-paper_cost.png",
         "accuracy-bitops.png",
+        "accuracy-engine_1.png",
+        "accuracy-engine_64.png",
         "decisions.png",
     ]
     texts = ("static, 8 bits", "Accuracy over", "Decisions", "The cheapest and the dearest images")
