@@ -303,6 +303,10 @@ def sweep(
     latency_table: Annotated[
         Path | None, typer.Option(help="What dfs bench --latency-table wrote; adds a column.")
     ] = None,
+    latency_targets: Annotated[
+        str,
+        typer.Option(help="Targets of latency by that table, fractions of full precision, too."),
+    ] = "",
     setting: Setting = None,
     device: Device = "auto",
     max_minutes: MaxMinutes = None,
@@ -327,8 +331,9 @@ def sweep(
             parse_numbers(targets, "--targets", float),
             parse_numbers(seeds, "--seeds", int),
             tuple(METHODS) if methods == "all" else tuple(methods.split(",")),
-            latency_table=None if latency_table is None else LatencyTable.load(latency_table),
+            latency_table=latency_table,
             device=_device(device),
+            latency_targets=parse_numbers(latency_targets, "--latency-targets", float),
         )
         planned.check()
 

@@ -217,6 +217,8 @@ class _Names:
             f"{type(model.gate).__name__} {_image(block.in_channels, size)} "
             f"{model.gate.macs(i)} MACs"
             for i, (block, size) in enumerate(zip(shape.blocks[1:], self.sizes[1:], strict=True))
+            # A gate that does not look has decided before any image comes.
+            if model.gate.macs(i)
         ]
 
 

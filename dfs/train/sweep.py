@@ -56,6 +56,8 @@ METHODS = {
     "skipnet": "choices 0 and 32, skipping about as many blocks as skipnet8",
     "cascade": "the narrowest width, and 8 bits where that is not sure, at every target",
 }
+# Of them, those whose own choices must be able to cost the target.
+_TRAINED_TO_TARGETS = ("dfs", "constant")
 _CASCADE_HIGH = 8
 # Steps of a stage before its times are believed.
 _FEWEST_STEPS = 3
@@ -151,7 +153,9 @@ class Sweep:
         targets: costs to train to.
         methods: out of ``METHODS``.
         data: gives a seed's data set; loaded by the settings if None.
-        latency_table: adds latencies to the results.
+        latency_table: file of one; adds latencies to the results.
+        latency_targets: latencies by that table, as fractions of full precision, that dynamic
+            networks and those with constant gates are trained to as well.
         device: where everything is computed.
 
     Raises:
@@ -166,8 +170,9 @@ class Sweep:
         seeds: Sequence[int] = (0,),
         methods: Sequence[str] = tuple(METHODS),
         data: Callable[[int], DataSplits] | None = None,
-        latency_table: LatencyTable | None = None,
+        latency_table: Path | None = None,
         device: torch.device | str = "cpu",
+        latency_targets: Sequence[float] = (),
     ) -> None:
         unknown = [m for m in methods if m not in METHODS]
         if unknown:
@@ -175,13 +180,17 @@ class Sweep:
         for name, given in (("targets", targets), ("seeds", seeds), ("methods", methods)):
             if not given or len(set(given)) != len(given):
                 raise ValueError(f"{name} must be different, at least one, got {list(given)}")
+        if len(set(latency_targets)) != len(latency_targets):
+            raise ValueError(f"latency_targets must be different, got {list(latency_targets)}")
+        if latency_targets and latency_table is None:
+            raise ValueError("latency_targets need a latency_table")
         if base.recipe != "dfs":
             raise ValueError(f"a sweep compares networks of recipe 'dfs', got {base.recipe!r}")
         self.folder = folder.resolve()
         self.seeds = tuple(seeds)
         self.device = torch.device(device)
         self.base = base
-        self.latency_table = latency_table
+        self.latency_table = None if latency_table is None else LatencyTable.load(latency_table)
         self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
         self._loaded: tuple[int, DataSplits] | None = None
         self.skipped: list[str] = []
@@ -191,14 +200,29 @@ class Sweep:
             for method in methods
             for entry in self._entries(method, targets, replace(base, seed=seed))
         ]
+        if latency_table is not None:
+            timed = replace(base, cost="latency", latency_table=str(latency_table.resolve()))
+            self.entries += [
+                replace(entry, label=f"{entry.label}, by latency")
+                for seed in seeds
+                for method in methods
+                if method in _TRAINED_TO_TARGETS
+                for target in latency_targets
+                for entry in self._at_target(
+                    method, target, replace(timed, seed=seed).with_target(target)
+                )
+            ]
         self.skipped = list(dict.fromkeys(self.skipped))
 
     def check(self) -> None:
         """ValueError, with the range, if the dynamic networks can't cost a target."""
-        reach = self._reach(self.base)
+        reaches: dict[str, tuple[float, float]] = {}
         for entry in self.entries:
-            if entry.method in ("dfs", "constant"):
-                check_reach(entry.config, *reach)
+            if entry.method in _TRAINED_TO_TARGETS:
+                cost = entry.config.cost
+                if cost not in reaches:
+                    reaches[cost] = self._reach(entry.config)
+                check_reach(entry.config, *reaches[cost])
 
     def results(self) -> list[dict[str, Any]]:
         """Of the entries that are done, in order, with the times of their engines if known."""

@@ -117,6 +117,13 @@ def test_latency_by_hand() -> None:
     assert (cost.name, cost.unit) == ("latency", "ms")
 
 
+def test_gates_that_do_not_look_take_no_time() -> None:
+    table = _made_up_table(DynamicResNet(8, choices=(0, 4, 8)), (8, 8))
+    blind = DynamicResNet(8, choices=(0, 4, 8), gate="constant")
+    assert make_cost("latency", blind, (8, 8), table).fixed == pytest.approx((5 - 0.5) / 24)
+    assert not any("Gate" in part for part in part_names(blind, (8, 8)))
+
+
 def test_every_cost_teaches_the_gate_through_its_mask() -> None:
     model = DynamicResNet(8, choices=(0, 4, 8)).train()
     table = _made_up_table(model, (8, 8))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from dfs.cost import PaperCost
 from dfs.data import DataSplits
+from dfs.latency import LatencyTable, part_names
 from dfs.report import pareto_front, read_tables, summarise, write_tables
 from dfs.report.summary import to_markdown
 from dfs.train import Trainer
@@ -155,6 +157,8 @@ def test_static_networks_get_the_passes_of_the_dynamic_one(data: DataSplits) -> 
         ({"targets": ()}, "targets"),
         ({"targets": (0.03, 0.03)}, "targets"),
         ({"seeds": ()}, "seeds"),
+        ({"latency_targets": (0.1,)}, "latency_table"),
+        ({"latency_targets": (0.1, 0.1)}, "latency_targets"),
     ],
 )
 def test_bad_sweeps_are_refused(
@@ -169,6 +173,37 @@ def test_an_unattainable_target_says_the_range(data: DataSplits, tmp_path: Path)
     with pytest.raises(ValueError, match=r"20\.000%.*0\.000% to 6\.250%"):
         sweep.check()
     assert any("0 and 8 can't cost 20.00%" in reason for reason in sweep.skipped)
+
+
+def test_latency_targets_are_trained_to_beside_the_others(
+    swept: Path, data: DataSplits, tmp_path: Path
+) -> None:
+    model = Trainer(_BASE, None, data).model
+    prices = {0: 1.0, 2: 2.0, 4: 3.0, 8: 4.0, 32: 20.0}
+    entries = {
+        (part, bits): ms
+        for part in part_names(model, data.image_size)
+        for bits, ms in prices.items()
+    }
+    path = tmp_path / "table.json"
+    LatencyTable(entries, "uint8", 4, 1).save(path)
+    options = {"methods": ("static8", "constant"), "latency_table": path}
+    folder = shutil.copytree(swept, tmp_path / "sweep")
+    sweep = _sweep(folder, data, **options, latency_targets=(0.2,))
+    sweep.check()
+    assert [(e.label, e.target, e.config.cost) for e in sweep.entries] == [
+        ("static, 8 bits", None, "paper"),
+        ("constant gate", 0.03, "paper"),
+        ("constant gate, by latency", 0.2, "latency"),
+    ]
+    # What knows nothing of costs is shared, the rest is not.
+    assert prefix_key(sweep.entries[2].config, 3) == prefix_key(_BASE, 3)
+    assert sweep.entries[2].run_key != sweep.entries[1].run_key
+    with pytest.raises(ValueError, match=r"90\.000%.* to "):
+        _sweep(folder, data, **options, latency_targets=(0.9,)).check()
+    assert sweep.run()
+    by_time = sweep.results()[2]
+    assert by_time["latency"] <= 0.2 * (1 + _BASE.cost_tolerance)
 
 
 def test_a_failed_run_is_told_and_the_sweep_goes_on(data: DataSplits, tmp_path: Path) -> None:

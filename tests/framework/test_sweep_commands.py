@@ -141,6 +141,18 @@ def test_time_runs_out_with_a_checkpoint_and_contradictions_are_refused(
     assert "saved in S0 float, step 2;" in error
 
 
+def test_latency_targets_need_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", "--out", str(tmp_path), *_TINY, "--latency-targets", "0.2"]
+    code, _, error = run_dfs(command, monkeypatch, capsys)
+    assert code == 2
+    assert "latency_targets need a latency_table" in error
+    code, _, error = run_dfs([*command[:-1], "fast"], monkeypatch, capsys)
+    assert code == 2
+    assert "--latency-targets must be numbers" in error
+
+
 def test_the_time_ahead_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
