@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.commit import current_commit
 from bench.gpu import results
 from bench.gpu.processes import Job, Outcomes, Shards, run_all
 from bench.verdicts import TOO_LATE
@@ -362,7 +363,7 @@ def run_parts(
 
 def to_content(found: Mapping[str, Result]) -> dict[str, Any]:
     """The results file's content but for the parts: of the benchmarks if they ran."""
-    content: dict[str, Any] = {"gpu": {}, "commit": results.commit()}
+    content: dict[str, Any] = {"gpu": {}, "commit": current_commit()}
     for result in found.values():
         content.update(result.content or {})
     if not content["gpu"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,31 +29,6 @@ _BAR = (
     "bar", "label", "layer", "batch", "implementation", "ratio", "low", "high", "limit",
     "at_least", "held", "seconds",
 )  # fmt: skip
-
-
-def commit(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The commit that is checked: ``id``, and whether the tree was ``dirty`` (None: unknown).
-
-    DFS_COMMIT says it where there is no repository, with "-dirty" at the end if need be.
-    """
-    given = (os.environ if environment is None else environment).get("DFS_COMMIT", "").strip()
-    if given:
-        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
-    head = _git("rev-parse", "HEAD")
-    if head is None:
-        return {"id": "unknown", "dirty": None}
-    # Results are not what is checked.
-    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
-    return {"id": head, "dirty": bool(changed)}
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(_ROOT), *arguments]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def file_name(commit: Mapping[str, Any]) -> str:

@@ -191,6 +191,12 @@ class Sweep:
         self.device = torch.device(device)
         self.base = base
         self.latency_table = None if latency_table is None else LatencyTable.load(latency_table)
+        self.arguments = {
+            "targets": list(targets),
+            "seeds": list(seeds),
+            "methods": list(methods),
+            "latency_targets": list(latency_targets),
+        }
         self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
         self._loaded: tuple[int, DataSplits] | None = None
         self.skipped: list[str] = []
@@ -247,6 +253,7 @@ class Sweep:
             "note": note,
             "test_images": test,
             "left_out": self.skipped,
+            "arguments": self.arguments,
             "base": self.base.to_dict(),
             "comparisons": [asdict(c) for c in compare_with_rivals(self.results(), _MEASURES)],
             "decisions": [
