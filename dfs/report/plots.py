@@ -144,6 +144,8 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
     known = [r for r in rows if r.accuracy is not None and getattr(r, cost) is not None]
     if not known:
         return False
+    # All of them, so that a method looks the same over every cost.
+    labels = list(dict.fromkeys(row.label for row in rows))
     pyplot = pyplot_for_files()
     scale = 100 if cost in _FRACTIONS else 1
     points = [(scale * getattr(r, cost), 100 * (r.accuracy or 0.0)) for r in known]
@@ -157,10 +159,14 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
         1, 1 + crowded, figsize=(12 if crowded else 7.5, 4.5), squeeze=False
     )
     for axis in panels[0]:
-        _draw_series(axis, known, points, front)
+        _draw_series(axis, labels, known, points, front)
         # Costs differ by orders of magnitude.
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
+        # Within a factor of ten there are hardly any major ticks.
+        costs = [x for x, _ in points]
+        axis.xaxis.set_minor_formatter("{x:g}" if max(costs) < 10 * min(costs) else "")
+        axis.tick_params(axis="x", which="both", pad=4)
         axis.set_xlabel(COST_LABELS[cost])
         axis.grid(alpha=0.3)
     panels[0, 0].set_ylabel("test accuracy, %")
@@ -177,6 +183,7 @@ def plot_tradeoff(path: Path, rows: Sequence[SummaryRow], cost: str) -> bool:
 
 def _draw_series(
     axis: Any,
+    labels: Sequence[str],
     known: Sequence[SummaryRow],
     points: Sequence[tuple[float, float]],
     front: Sequence[tuple[float, float]],
@@ -185,8 +192,10 @@ def _draw_series(
     axis.plot(
         *zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="Pareto front"
     )
-    for i, label in enumerate(dict.fromkeys(r.label for r in known)):
+    for i, label in enumerate(labels):
         own = sorted((k for k, r in enumerate(known) if r.label == label), key=points.__getitem__)
+        if not own:
+            continue
         axis.errorbar(
             [points[k][0] for k in own],
             [points[k][1] for k in own],
