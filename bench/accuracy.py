@@ -45,9 +45,12 @@ def keep(sweep: Path, name: str, out: Path = _RESULTS) -> Path:
     """
     about = read_about(sweep)
     results = _results(sweep)
-    if not (sweep / ENGINES_NAME).exists():
+    path = sweep / ENGINES_NAME
+    engines = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"milliseconds": {}}
+    )
+    if any(key not in engines["milliseconds"] for key, r in results if "failed" not in r):
         raise ValueError(f"{sweep}: the sweep is not finished; the same dfs sweep command goes on")
-    engines = json.loads((sweep / ENGINES_NAME).read_text(encoding="utf-8"))
     content = {
         "commit": current_commit(),
         "arguments": about["arguments"],
@@ -67,7 +70,7 @@ def keep(sweep: Path, name: str, out: Path = _RESULTS) -> Path:
 
 
 def _results(sweep: Path) -> list[tuple[str, dict[str, Any]]]:
-    """By their keys, in the order of the sweep's table as far as that is known."""
+    """By their keys, seed by seed, in the order in which they came."""
     paths = sorted((sweep / "results").glob("*.json"))
     found = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     return sorted(found, key=lambda one: (one[1]["seed"], one[1]["time"]))

@@ -159,8 +159,8 @@ def layer_weights(layer: Layer, device: Device = "cpu") -> LayerWeights:
     deviation = (0.5 * fan_in) ** -0.5
     shape = (layer.out_channels, layer.group_channels, layer.kernel, layer.kernel)
     weight = torch.randn(shape, generator=generator, device=device) * deviation
-    # On processors without VNNI the peers add two products in 16 bits and saturate, unless 8-bit
-    # weights stay within 7: what they are told to do there, and nothing to the times.
+    # 8-bit weights stay within 7 bits: on processors without VNNI the peers add two products in 16
+    # bits, which would saturate. Times do not depend on it.
     reach = {bits: 6 if bits == 8 else 3 for bits in INTEGER_WIDTHS}
     scales = {
         bits: torch.full(

@@ -33,8 +33,10 @@ from dfs.report import (
     PLOTS,
     REPORT_NAME,
     TABLE_NAMES,
+    Comparison,
     ResultRow,
     SummaryRow,
+    compare_with_rivals,
     describe_result,
     engine_times_table,
     plot_engine_times,
@@ -337,9 +339,10 @@ def sweep(
         )
         planned.check()
 
-    def write() -> list[SummaryRow]:
+    def write(comparisons: Sequence[Comparison] = ()) -> list[SummaryRow]:
         rows = summarise(planned.results())
-        write_tables(planned.folder, rows, planned.about())
+        about = planned.about() | {"comparisons": [asdict(one) for one in comparisons]}
+        write_tables(planned.folder, rows, about)
         return rows
 
     with run_control(max_minutes) as control:
@@ -351,9 +354,10 @@ def sweep(
             control.say(describe_result(result))
 
         done = planned.run(control.sweep_progress, control.stopping, finished)
-    rows = write()
     if not done:
+        write()
         raise typer.Exit(_stopped(f"{len(planned.results())} results; the same command goes on"))
+    rows = write(compare_with_rivals(planned.results()))
     page = _show_sweep(planned)
     if as_json:
         _print_json({"rows": [asdict(row) for row in rows], "report": page})

@@ -194,8 +194,13 @@ def _take_turns(calls: Sequence[Call]) -> list[list[float]]:
         call()
         wanted = _SECONDS / _ROUNDS / max(_seconds(call), 1e-6)
         counts.append(min(max(round(wanted), _FEWEST_CALLS), _MOST_CALLS_PER_ROUND))
+    return _rounds(calls, counts, _ROUNDS)
+
+
+def _rounds(calls: Sequence[Call], counts: Sequence[int], rounds: int) -> list[list[float]]:
+    """Seconds of every contestant's calls, so many in a round, each turn after an untimed one."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for call, count, seconds in zip(calls, counts, times, strict=True):
             time.sleep(_PAUSE_SECONDS)
             call()
@@ -212,12 +217,8 @@ def milliseconds_in_turns(
         passes: each runs the same images, which may take different times; they count as a whole.
         images: how many.
     """
-    seconds: list[list[float]] = [[] for _ in passes]
-    for _ in range(rounds):
-        for run, taken in zip(passes, seconds, strict=True):
-            time.sleep(_PAUSE_SECONDS)
-            taken.append(_seconds(run))
-    return [statistics.median(taken) * 1e3 / images for taken in seconds]
+    times = _rounds(passes, [1] * len(passes), rounds)
+    return [statistics.median(seconds) * 1e3 / images for seconds in times]
 
 
 def _seconds(call: Call) -> float:

@@ -9,6 +9,7 @@ from dfs.report.plots import (
     plot_tradeoff,
     require_plotting,
 )
+from dfs.report.rivals import Comparison, compare_with_rivals
 from dfs.report.run_report import REPORT_NAME, plot_run, write_run_report
 from dfs.report.summary import (
     TABLE_NAMES,
@@ -27,8 +28,10 @@ __all__ = [
     "PLOTS",
     "REPORT_NAME",
     "TABLE_NAMES",
+    "Comparison",
     "ResultRow",
     "SummaryRow",
+    "compare_with_rivals",
     "describe_result",
     "engine_times_table",
     "pareto_front",

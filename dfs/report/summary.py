@@ -64,10 +64,17 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
     Args:
         results: of :meth:`dfs.train.sweep.Sweep.results`.
     """
+    return [_row(label, target, group) for (label, target), group in grouped(results).items()]
+
+
+def grouped(
+    results: Sequence[dict[str, Any]],
+) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
+    """Results of the same label and target, in the order in which these first appear."""
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["label"], result["target"]), []).append(result)
-    return [_row(label, target, group) for (label, target), group in groups.items()]
+    return groups
 
 
 def _row(label: str, target: float | None, group: list[dict[str, Any]]) -> SummaryRow:

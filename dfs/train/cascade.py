@@ -6,6 +6,7 @@ softmax (as in Bolukbasi et al., ICML 2017, for early exits).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +48,7 @@ class Cascade:
         # Not at every call: it packs the weights anew.
         if self.model.training:
             self.model.eval()
-        logits = self.model(images, self.low)
-        again = confidence(logits) < self.threshold
-        if bool(again.any()):
-            logits[again] = self.model(images[again], self.high)
-        return CascadeOutput(logits, again)
+        return run_cascade(self.model, self.low, self.high, self.threshold, images)
 
     def cost(self, again: Tensor, cost: Cost) -> Tensor:
         """What each image (N,) costs; the first run is paid for in any case."""
@@ -80,6 +77,26 @@ def evaluate_cascade(
     bits = torch.where(again.cpu(), cascade.high, cascade.low).to(torch.int32)
     answered = bits[:, None].expand(-1, model.gated_blocks)
     return Evaluation.of(torch.cat(correct), costs, took, batch_size, answered)
+
+
+def run_cascade(
+    classify: Callable[[Tensor, int], Tensor],
+    low: int,
+    high: int,
+    threshold: float,
+    images: Tensor,
+) -> CascadeOutput:
+    """Classify images at ``low`` bits, and again at ``high`` those that are not sure.
+
+    Args:
+        classify: gives the logits of images (N, C, H, W) at a width.
+        threshold: the least confidence that is sure.
+    """
+    logits = classify(images, low)
+    again = confidence(logits) < threshold
+    if bool(again.any()):
+        logits[again] = classify(images[again], high)
+    return CascadeOutput(logits, again)
 
 
 def confidence(logits: Tensor) -> Tensor:

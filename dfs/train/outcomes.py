@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from torch import Tensor
 
 _ROUNDS = 2000
 _CONFIDENCE = 0.95
-# A rival may take this much more and still counts as taking no longer: costs are measured.
-_TOLERANCE = 0.02
-_OWN = "dfs"
 
 
 def encode_outcomes(correct: Tensor) -> str:
@@ -77,82 +73,3 @@ def paired_difference(
     tail = (1 - _CONFIDENCE) / 2
     low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Difference(float(differences.mean()), low, high)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A dynamic network beside the most accurate rival that costs no more.
-
-    Attributes:
-        name, rival: with their targets.
-        measure: of the cost, a name of :class:`dfs.report.summary.SummaryRow`.
-        cost, rival_cost: means over the seeds.
-    """
-
-    name: str
-    rival: str
-    measure: str
-    cost: float
-    rival_cost: float
-    difference: Difference
-
-
-def compare_with_rivals(
-    results: Sequence[dict[str, Any]], measures: Sequence[str]
-) -> list[Comparison]:
-    """Every dynamic network beside its best rival by each measure of cost.
-
-    Args:
-        results: of :meth:`dfs.train.sweep.Sweep.results`; those without recorded outcomes or a
-            cost are left out.
-        measures: names of costs.
-    """
-    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for result in results:
-        if "outcomes" in result:
-            groups.setdefault((result["label"], result["target"]), []).append(result)
-    own = {key: group for key, group in groups.items() if group[0]["method"] == _OWN}
-    others = {key: group for key, group in groups.items() if key not in own}
-    found = []
-    for measure in measures:
-        for key, group in own.items():
-            cost = _mean(group, measure)
-            seeds = _outcomes_by_seed(group)
-            rivals = [
-                (accuracy, rival)
-                for rival, theirs in others.items()
-                if (accuracy := _mean(theirs, "accuracy")) is not None
-                and _outcomes_by_seed(theirs).keys() == seeds.keys()
-                and _within(_mean(theirs, measure), cost)
-            ]
-            if cost is None or not rivals:
-                continue
-            rival = max(rivals, key=lambda r: r[0])[1]
-            theirs = _outcomes_by_seed(others[rival])
-            difference = paired_difference(
-                [seeds[seed] for seed in sorted(seeds)], [theirs[seed] for seed in sorted(seeds)]
-            )
-            rival_cost = _mean(others[rival], measure)
-            assert rival_cost is not None
-            found.append(
-                Comparison(_name(key), _name(rival), measure, cost, rival_cost, difference)
-            )
-    return found
-
-
-def _within(cost: float | None, limit: float | None) -> bool:
-    return cost is not None and limit is not None and cost <= limit * (1 + _TOLERANCE)
-
-
-def _mean(group: Sequence[dict[str, Any]], name: str) -> float | None:
-    values = [result.get(name) for result in group]
-    return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
-
-
-def _outcomes_by_seed(group: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
-    return {r["seed"]: decode_outcomes(r["outcomes"], r["images"]) for r in group}
-
-
-def _name(key: tuple[str, float | None]) -> str:
-    label, target = key
-    return label if target is None else f"{label}, {target:.2%}"

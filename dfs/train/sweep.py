@@ -18,7 +18,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from dfs.engine import Engine, freeze
 from dfs.engine.timing import milliseconds_in_turns
 from dfs.latency import LatencyTable, describe_machine, thread_count
 from dfs.models import architecture_of, resnet_depth
-from dfs.train.cascade import cascade_for_target, confidence, evaluate_cascade
+from dfs.train.cascade import cascade_for_target, evaluate_cascade, run_cascade
 from dfs.train.checkpoint import write_beside
 from dfs.train.config import TrainConfig
 from dfs.train.evaluate import Evaluation, costs_of, evaluate
 from dfs.train.network import CHECKPOINT_NAME, build_dynamic
 from dfs.train.oracle import permuted_accuracies
-from dfs.train.outcomes import compare_with_rivals, encode_outcomes
+from dfs.train.outcomes import encode_outcomes
 from dfs.train.recipes import prefix_key, shareable_stages, stages_of
 from dfs.train.stages import StageError
 from dfs.train.trainer import Trainer, check_reach, load_data
@@ -66,8 +66,6 @@ _HALF_DEPTH = {34: 18, 50: 18, 101: 50}
 ENGINES_NAME = "engines.json"
 # Images in a call, and in a pass, of the engines' times.
 ENGINE_BATCHES = {1: 64, 64: 256}
-# By which networks are compared.
-_MEASURES = ("paper_cost", "bitops", *(f"engine_{batch}" for batch in ENGINE_BATCHES))
 
 
 @dataclass(frozen=True)
@@ -200,24 +198,14 @@ class Sweep:
         self._load = data or (lambda seed: load_data(replace(base, seed=seed)))
         self._loaded: tuple[int, DataSplits] | None = None
         self.skipped: list[str] = []
+        self._table_path = "" if latency_table is None else str(latency_table.resolve())
+        self._latency_targets = tuple(latency_targets)
         self.entries = [
             entry
             for seed in seeds
             for method in methods
             for entry in self._entries(method, targets, replace(base, seed=seed))
         ]
-        if latency_table is not None:
-            timed = replace(base, cost="latency", latency_table=str(latency_table.resolve()))
-            self.entries += [
-                replace(entry, label=f"{entry.label}, by latency")
-                for seed in seeds
-                for method in methods
-                if method in _TRAINED_TO_TARGETS
-                for target in latency_targets
-                for entry in self._at_target(
-                    method, target, replace(timed, seed=seed).with_target(target)
-                )
-            ]
         self.skipped = list(dict.fromkeys(self.skipped))
 
     def check(self) -> None:
@@ -233,12 +221,8 @@ class Sweep:
     def results(self) -> list[dict[str, Any]]:
         """Of the entries that are done, in order, with the times of their engines if known."""
         times = self._engine_times()
-        found = [(entry.key, self._result_path(entry)) for entry in self.entries]
-        return [
-            json.loads(path.read_text(encoding="utf-8")) | times.get(key, {})
-            for key, path in found
-            if path.exists()
-        ]
+        done = [entry for entry in self.entries if self._result_path(entry).exists()]
+        return [self._saved(entry) | times.get(entry.key, {}) for entry in done]
 
     def about(self) -> dict[str, Any]:
         """What its table says beside the rows: title, settings, decisions of the first seed."""
@@ -255,7 +239,6 @@ class Sweep:
             "left_out": self.skipped,
             "arguments": self.arguments,
             "base": self.base.to_dict(),
-            "comparisons": [asdict(c) for c in compare_with_rivals(self.results(), _MEASURES)],
             "decisions": [
                 {
                     "title": f"{r['label']}, target {r['target']:.2%}: cost {r['paper_cost']:.2%}",
@@ -305,10 +288,10 @@ class Sweep:
         Milliseconds per image on a CPU, as the gates decide, on the first test images. A network
         that has no frozen form has no times.
         """
-        good = [entry for entry in self.entries if self._is_good(entry)]
-        if not good or self._engine_times().keys() >= {entry.key for entry in good}:
+        good = [(e, saved) for e in self.entries if "failed" not in (saved := self._saved(e))]
+        if not good or self._engine_times().keys() >= {entry.key for entry, _ in good}:
             return
-        runs = {entry.key: self._deployed(entry) for entry in good}
+        runs = {entry.key: self._deployed(entry, saved) for entry, saved in good}
         found: dict[str, dict[str, float]] = {key: {} for key in runs}
         timed = {key: run for key, run in runs.items() if run is not None}
         test = self.data(self.seeds[0]).test
@@ -327,16 +310,16 @@ class Sweep:
         path = self.folder / ENGINES_NAME
         if not path.exists():
             return {}
-        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))[
-            "milliseconds"
-        ]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, float]] = content["milliseconds"]
         return found
 
-    def _is_good(self, entry: Entry) -> bool:
-        path = self._result_path(entry)
-        return path.exists() and "failed" not in json.loads(path.read_text(encoding="utf-8"))
+    def _saved(self, entry: Entry) -> dict[str, Any]:
+        """The entry's result as it is kept."""
+        saved: dict[str, Any] = json.loads(self._result_path(entry).read_text(encoding="utf-8"))
+        return saved
 
-    def _deployed(self, entry: Entry) -> Callable[[Tensor], object] | None:
+    def _deployed(self, entry: Entry, saved: dict[str, Any]) -> Callable[[Tensor], object] | None:
         """What runs images (N, C, H, W) as the entry's network is deployed."""
         config, data = entry.config, self.data(entry.config.seed)
         widths = config.static_widths
@@ -349,9 +332,8 @@ class Sweep:
             # Widths or quantizers that are only simulated.
             return None
         if entry.method == "cascade":
-            saved = json.loads(self._result_path(entry).read_text(encoding="utf-8"))
             low, high = widths
-            return partial(_run_cascade, engine, low, high, saved["threshold"])
+            return partial(run_cascade, partial(_logits, engine), low, high, saved["threshold"])
         return partial(engine, policy=widths[0] if widths else None)
 
     def runs_ahead(self) -> Iterator[RunAhead]:
@@ -408,6 +390,13 @@ class Sweep:
         else:
             for target in targets:
                 yield from self._at_target(method, target, config.with_target(target))
+            if method in _TRAINED_TO_TARGETS:
+                for target in self._latency_targets:
+                    timed = replace(
+                        config, target=target, cost="latency", latency_table=self._table_path
+                    )
+                    for entry in self._at_target(method, target, timed):
+                        yield replace(entry, label=f"{entry.label}, by latency")
 
     def _at_target(self, method: str, target: float, config: TrainConfig) -> Iterator[Entry]:
         if method == "dfs":
@@ -650,10 +639,8 @@ def _run_all(run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> None
         run(images)
 
 
-def _run_cascade(engine: Engine, low: int, high: int, threshold: float, images: Tensor) -> None:
-    again = confidence(engine(images, low).logits) < threshold
-    if bool(again.any()):
-        engine(images[again], high)
+def _logits(engine: Engine, images: Tensor, width: int) -> Tensor:
+    return engine(images, width).logits
 
 
 def _static(config: TrainConfig, *widths: int) -> TrainConfig:

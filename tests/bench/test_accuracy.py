@@ -9,23 +9,9 @@ from bench import accuracy
 from dfs.report import summarise, write_tables
 from dfs.train.config import TrainConfig
 from dfs.train.presets import load_preset
+from tests.framework.helpers import sweep_result
 
 _ARGUMENTS = {"targets": [0.02], "seeds": [0], "methods": ["dfs"], "latency_targets": []}
-
-
-def _result(seed: int, accuracy: float) -> dict[str, object]:
-    return {
-        "method": "dfs",
-        "label": "DFS",
-        "target": 0.02,
-        "seed": seed,
-        "accuracy": accuracy,
-        "paper_cost": 0.02,
-        "bitops": 0.03,
-        "latency": None,
-        "milliseconds_per_image": 0.5,
-        "time": f"2000-01-01T00:00:0{seed}Z",
-    }
 
 
 @pytest.fixture
@@ -35,14 +21,15 @@ def sweep(tmp_path: Path) -> Path:
     (folder / "results").mkdir(parents=True)
     (folder / "plots").mkdir()
     (folder / "plots" / "accuracy-bitops.png").write_bytes(b"picture")
-    results = [_result(0, 0.9), _result(1, 0.94)]
+    times = [f"2000-01-01T00:00:0{second}Z" for second in (0, 1)]
+    results = [sweep_result(0, 0.9, time=times[0]), sweep_result(1, 0.94, time=times[1])]
     for key, result in zip("ba", results, strict=True):
         (folder / "results" / f"{key}.json").write_text(json.dumps(result))
     base = TrainConfig(data="/somebody/data", dataset="cifar10", float_epochs=7).to_dict()
     about = {"arguments": _ARGUMENTS, "base": base, "comparisons": []}
     write_tables(folder, summarise(results), about)
-    times = {"a": {"engine_1": 0.2}, "b": {"engine_1": 0.3}}
-    engines = {"threads": 1, "machine": {"isa": "scalar"}, "milliseconds": times}
+    took = {"a": {"engine_1": 0.2}, "b": {"engine_1": 0.3}}
+    engines = {"threads": 1, "machine": {"isa": "scalar"}, "milliseconds": took}
     (folder / "engines.json").write_text(json.dumps(engines))
     return folder
 
@@ -76,6 +63,9 @@ def test_a_sweeps_figures_are_kept_with_what_remakes_them(
 def test_what_is_not_finished_is_refused(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (sweep / "results" / "c.json").write_text(json.dumps(sweep_result(2, 0.9, time="")))
+    assert accuracy.main([str(sweep), "--name", "x"]) == 2
+    assert "not finished" in capsys.readouterr().err
     (sweep / "engines.json").unlink()
     assert accuracy.main([str(sweep), "--name", "x"]) == 2
     assert "not finished" in capsys.readouterr().err

@@ -133,3 +133,19 @@ def small_basic() -> Architecture:
     """Three basic blocks behind a max-pooled stem, in two resolutions."""
     blocks = (basic_block(8, 8, 1), basic_block(8, 8, 1), basic_block(8, 12, 2))
     return Architecture(ConvShape(3, 8, 7, 2, 3), PoolShape(3, 2, 1), blocks, 5)
+
+
+def sweep_result(seed: int, accuracy: float, **more: object) -> dict[str, object]:
+    """What a sweep says of a dynamic network."""
+    return {
+        "method": "dfs",
+        "label": "DFS",
+        "target": 0.02,
+        "seed": seed,
+        "accuracy": accuracy,
+        "paper_cost": 0.02,
+        "bitops": 0.03,
+        "latency": None,
+        "milliseconds_per_image": 0.5,
+        **more,
+    }

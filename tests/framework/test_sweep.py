@@ -12,7 +12,7 @@ import torch
 from dfs.cost import PaperCost
 from dfs.data import DataSplits
 from dfs.latency import LatencyTable, part_names
-from dfs.report import pareto_front, read_tables, summarise, write_tables
+from dfs.report import compare_with_rivals, pareto_front, read_tables, summarise, write_tables
 from dfs.report.summary import to_markdown
 from dfs.train import Trainer
 from dfs.train.cascade import Cascade, cascade_for_target, confidence, evaluate_cascade
@@ -20,7 +20,7 @@ from dfs.train.outcomes import decode_outcomes
 from dfs.train.recipes import prefix_key, stages_of
 from dfs.train.static import dynamic_passes
 from dfs.train.sweep import ENGINE_BATCHES, ENGINES_NAME, METHODS, Sweep, SweepProgress
-from tests.framework.helpers import TINY, settled_model, tiny_data
+from tests.framework.helpers import TINY, settled_model, sweep_result, tiny_data
 
 # Quick, and as deep as halving the depth needs.
 _BASE = replace(
@@ -84,9 +84,9 @@ def test_results_say_which_images_were_right(swept: Path, data: DataSplits) -> N
         assert correct.double().mean() == pytest.approx(result["accuracy"])
         decides = result["distinct_decisions"] > 1 and result["method"] != "cascade"
         assert ("permuted" in result) == decides
-    compared = sweep.about()["comparisons"]
-    assert {c["name"] for c in compared} <= {"DFS, 3.00%"}
-    assert {c["measure"] for c in compared} >= {"paper_cost", "bitops"}
+    compared = compare_with_rivals(sweep.results())
+    assert {c.name for c in compared} == {"DFS, 3.00%"}
+    assert {c.measure for c in compared} >= {"paper_cost", "bitops"}
 
 
 def test_a_sweep_shares_what_it_can(swept: Path, data: DataSplits) -> None:
@@ -221,23 +221,10 @@ def test_a_failed_run_is_told_and_the_sweep_goes_on(data: DataSplits, tmp_path: 
 # Tables
 
 
-def _result(seed: int, accuracy: float, **more: object) -> dict[str, object]:
-    return {
-        "method": "dfs",
-        "label": "DFS",
-        "target": 0.02,
-        "seed": seed,
-        "accuracy": accuracy,
-        "paper_cost": 0.02,
-        "bitops": 0.03,
-        "latency": None,
-        "milliseconds_per_image": 0.5,
-        **more,
-    }
-
-
 def test_the_table_gives_means_and_spreads_over_seeds(tmp_path: Path) -> None:
-    rows = summarise([_result(0, 0.9), _result(1, 0.94), _result(0, 0.8, target=0.01)])
+    rows = summarise(
+        [sweep_result(0, 0.9), sweep_result(1, 0.94), sweep_result(0, 0.8, target=0.01)]
+    )
     assert [row.name for row in rows] == ["DFS, 2.00%", "DFS, 1.00%"]
     assert rows[0].accuracy == pytest.approx(0.92)
     assert rows[0].spread == pytest.approx(0.0282843, abs=1e-6)
@@ -249,7 +236,7 @@ def test_the_table_gives_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     found = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert float(found[0]["accuracy"]) == pytest.approx(0.92)
     assert json.loads((tmp_path / "table.json").read_text())["title"] == "test"
-    with_latency = summarise([_result(0, 0.9, latency=0.4)])
+    with_latency = summarise([sweep_result(0, 0.9, latency=0.4)])
     assert "latency %" in to_markdown(with_latency)
 
 
