@@ -12,7 +12,7 @@ namespace dfs {
 
 const KernelTable kAvx2Kernels = {
     "avx2",
-    {0.014, 0.014, 0.014, 0.025},
+    {0.008, 0.008, 0.008, 0.025},
     avx2::pack_pixels,
     avx2::unpack_pixels,
     avx2::convert_scratch_bytes,

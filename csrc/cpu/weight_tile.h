@@ -12,7 +12,7 @@
 namespace dfs {
 
 // Raised whenever a layout changes: what was compiled for another one must not be used again.
-constexpr char kTileFormat = '5';
+constexpr char kTileFormat = '6';
 
 // A multiple of the alignment that vector loads want.
 constexpr size_t kTileHeaderBytes = 64;

@@ -67,14 +67,16 @@ inline TestWeight draw_weight(Random& random, const ConvSizes& s, bool extreme) 
       const int64_t bytes = naive_pixel_bytes(s.group_channels(), bits);
       GuardedBuffer<uint8_t> canonical(static_cast<size_t>(g.out_channels * s.taps() * bytes));
       std::memset(canonical.data(), 0, canonical.size());
+      // How many small products fit into a word depends on how small they are.
+      const int divisor = 1 << (random.chance(0.5) ? random.integer(0, bits - 2) : 0);
       for (int64_t run = 0; run < g.out_channels * s.taps(); ++run) {
         for (int64_t c = 0; c < s.group_channels(); ++c) {
           // Any code, both extremes often.
           const int half = 1 << (bits - 1);
           const int code = extreme || random.chance(0.3)
-                               ? (random.chance(0.5) ? half : half - 1)
-                               : static_cast<int>(random.integer(0, 2 * half - 1));
-          naive_insert(canonical.data() + run * bytes, c, bits, code);
+                               ? (random.chance(0.5) ? -half : half - 1)
+                               : static_cast<int>(random.integer(-half, half - 1));
+          naive_insert(canonical.data() + run * bytes, c, bits, code / divisor);
         }
       }
       weight.packed.push_back(std::move(canonical));

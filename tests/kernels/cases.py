@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -398,7 +399,14 @@ def _random_weight(case: ConvCase, generator: torch.Generator) -> tuple[PackedCo
         flat.copy_(torch.where(flat > 0, 6.0, -6.0))
     flat[:, 0] = 6.0
     flat[:, -1] = -6.0
-    reach = torch.tensor([2.0 ** (b - 1) if b != 32 else 1.0 for b in case.options])
+    # Some with codes far below their range: how small products are decides how they are summed.
+    spare = torch.rand(len(case.options), generator=generator).sub(0.5).clamp(min=0).mul(2)
+    reach = torch.tensor(
+        [
+            2.0 ** (b - 1 - math.floor(s * (b - 1))) if b != 32 else 1.0
+            for b, s in zip(case.options, spare.tolist(), strict=True)
+        ]
+    )
     scales = (1.0 + torch.rand(len(case.options), shape[0], generator=generator)) / reach[:, None]
     kinds = {
         b: "centred" if c else "twos"

@@ -12,20 +12,20 @@
 #include "prefetch.h"
 #include "vector_epilogue.h"
 #include "vectors.h"
+#include "word_runs.h"
 
 namespace dfs {
 namespace DFS_ISA {
 namespace {
 
-// Centred levels of 8 bits do not fit the int8 of VNNI.
-inline bool direct_takes(int32_t bits, bool centred) {
-  return kSubtractsZeroPoint || bits != 8 || !centred;
-}
+// Centred levels of 8 bits do not fit int8.
+inline bool direct_takes(int32_t bits, bool centred) { return bits != 8 || !centred; }
 
 // Sizes of the weights of one group: as they are multiplied, vectors of dwords [vectors][kernel_h]
 // [kernel_w][planes], and as they are held. Floats are held as they are multiplied; integers as
 // dense codes (see dense_codes.h) of one vector after the other, in the same order but without the
-// lanes and the codes of a dword that stand for no channel.
+// lanes and the codes of a dword that stand for no channel; behind those of all groups come, where
+// sums are kept in words, the vectors' word runs.
 struct DirectLayout {
   int64_t outputs;  // of one group
   int64_t channels;
@@ -61,7 +61,9 @@ inline DirectLayout direct_layout(const ConvGeometry& g) {
 
 inline size_t direct_tile_bytes(const ConvGeometry& g, int32_t bits) {
   if (bits == 32) return static_cast<size_t>(g.groups * direct_layout<float>(g).group_dwords) * 4;
-  return static_cast<size_t>(g.groups * direct_layout<uint32_t>(g).held_group_bytes(bits));
+  const DirectLayout layout = direct_layout<uint32_t>(g);
+  return static_cast<size_t>(g.groups *
+                             (layout.held_group_bytes(bits) + layout.vectors * kWordRunBytes));
 }
 
 // Calls fn(group, o, tap, run) for every run of channels of a filter bank, o counted within the
@@ -79,7 +81,8 @@ inline void for_each_channel_run(const ConvGeometry& g, Fn fn) {
 }
 
 template <int kBits>
-inline void retile_direct_codes(const ConvGeometry& g, const uint8_t* canonical, uint8_t* tile) {
+inline void retile_direct_codes(const ConvGeometry& g, const uint8_t* canonical, bool centred,
+                                uint8_t* tile) {
   constexpr int kPerByte = 8 / kBits;
   const DirectLayout layout = direct_layout<uint32_t>(g);
   const int64_t run_bytes = packed_bytes(layout.channels, kBits);
@@ -101,6 +104,21 @@ inline void retile_direct_codes(const ConvGeometry& g, const uint8_t* canonical,
       }
     }
   });
+  if constexpr (kWordRunBytes != 0) {
+    uint8_t* runs = tile + g.groups * layout.held_group_bytes(kBits);
+    const int64_t filter_bytes = layout.taps * run_bytes;
+    for (int64_t group = 0; group < g.groups; ++group) {
+      for (int64_t vector = 0; vector < layout.vectors; ++vector) {
+        const int64_t first = group * layout.outputs + vector * kLanes;
+        int64_t run = kMaxWordRun;
+        for (int64_t lane = 0; lane < layout.lanes(vector); ++lane) {
+          const uint8_t* filter = canonical + (first + lane) * filter_bytes;
+          run = min_of(run, word_run<kBits>(filter, layout.channels, layout.taps, centred));
+        }
+        set_word_run(runs + (group * layout.vectors + vector) * kWordRunBytes, run);
+      }
+    }
+  }
 }
 
 inline void retile_direct_floats(const ConvGeometry& g, const uint8_t* canonical, float* tile) {
@@ -117,15 +135,15 @@ inline void retile_direct_floats(const ConvGeometry& g, const uint8_t* canonical
 }
 
 inline void retile_direct(const ConvGeometry& g, const uint8_t* canonical, int32_t bits,
-                          void* tile) {
+                          bool centred, void* tile) {
   std::memset(tile, 0, direct_tile_bytes(g, bits));
   switch (bits) {
     case 2:
-      return retile_direct_codes<2>(g, canonical, static_cast<uint8_t*>(tile));
+      return retile_direct_codes<2>(g, canonical, centred, static_cast<uint8_t*>(tile));
     case 4:
-      return retile_direct_codes<4>(g, canonical, static_cast<uint8_t*>(tile));
+      return retile_direct_codes<4>(g, canonical, centred, static_cast<uint8_t*>(tile));
     case 8:
-      return retile_direct_codes<8>(g, canonical, static_cast<uint8_t*>(tile));
+      return retile_direct_codes<8>(g, canonical, centred, static_cast<uint8_t*>(tile));
     default:
       return retile_direct_floats(g, canonical, static_cast<float*>(tile));
   }
@@ -149,12 +167,13 @@ inline int64_t direct_band_rows(const WindowShape& shape, int64_t out_rows) {
 // Weights of one or two vectors of output channels, ready to be multiplied.
 struct DirectWeights {
   const uint8_t* dwords;
-  const Ints* level_sums;  // [vectors][kernel_h], if zero points are corrected for afterwards
+  const Ints* level_sums;  // [vectors][kernel_h], if there is a zero point to correct for
+  int64_t word_run;        // see WindowPart
 };
 
 // kCount levels of each lane, and zeros beside them.
-template <int64_t kCount, typename Level>
-inline const Level* spread_dwords(const Level* levels, int64_t lanes, Level* dwords) {
+template <int64_t kCount>
+inline const int8_t* spread_dwords(const int8_t* levels, int64_t lanes, int8_t* dwords) {
   for (int64_t lane = 0; lane < lanes; ++lane) {
     unroll<kCount>([&](auto i) { dwords[lane * kCodesPerDword + i] = levels[lane * kCount + i]; });
   }
@@ -162,9 +181,8 @@ inline const Level* spread_dwords(const Level* levels, int64_t lanes, Level* dwo
 }
 
 // Puts the levels of one vector where they belong among zeros.
-template <typename Level>
-inline void spread_levels(const DirectLayout& layout, int64_t lanes, const Level* levels,
-                          Level* dwords) {
+inline void spread_levels(const DirectLayout& layout, int64_t lanes, const int8_t* levels,
+                          int8_t* dwords) {
   std::memset(dwords, 0, static_cast<size_t>(layout.vector_step) * 4);
   const int64_t whole = layout.channels / kCodesPerDword;
   for (int64_t tap = 0; tap < layout.taps; ++tap) {
@@ -187,7 +205,6 @@ inline void spread_levels(const DirectLayout& layout, int64_t lanes, const Level
   }
 }
 
-#if defined(__AVX512VNNI__)
 // Sums of the levels of one vector, per row of the kernel.
 inline void sum_levels(const ConvGeometry& g, const DirectLayout& layout, const uint8_t* dwords,
                        Ints* sums) {
@@ -209,14 +226,11 @@ inline void sum_levels(const ConvGeometry& g, const DirectLayout& layout, const 
     dwords += count * kLanes * 4;
   }
 }
-#else
-inline void sum_levels(const ConvGeometry&, const DirectLayout&, const uint8_t*, Ints*) {}
-#endif
 
 struct DirectWeightScratch {
-  uint8_t* dwords;     // (groups, vectors, vector_step)
-  DwordLevel* levels;  // of one vector, before they are spread
-  Ints* level_sums;    // (groups, vectors, kernel_h)
+  uint8_t* dwords;   // (groups, vectors, vector_step)
+  int8_t* levels;    // of one vector, before they are spread
+  Ints* level_sums;  // (groups, vectors, kernel_h)
 };
 
 inline DirectWeightScratch direct_weight_scratch(const ConvGeometry& g, int32_t bits,
@@ -225,7 +239,7 @@ inline DirectWeightScratch direct_weight_scratch(const ConvGeometry& g, int32_t 
   if (bits == 32) return scratch;
   const DirectLayout layout = direct_layout<uint32_t>(g);
   scratch.dwords = arena->take<uint8_t>(g.groups * layout.group_dwords * 4);
-  scratch.levels = arena->take<DwordLevel>(layout.codes(0));
+  scratch.levels = arena->take<int8_t>(layout.codes(0));
   scratch.level_sums = arena->take<Ints>(g.groups * layout.vectors * g.kernel_h);
   return scratch;
 }
@@ -259,17 +273,24 @@ struct DirectWeightSource {
 
   // What load() has returned for the same vectors.
   DirectWeights loaded(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
-    if (is_ready_as_held(vector, vectors)) {
-      return {held_vector(group, vector), scratch.level_sums + slot * geometry.kernel_h};
-    }
-    return {scratch.dwords + slot * layout.vector_step * 4,
-            scratch.level_sums + slot * geometry.kernel_h};
+    const Ints* level_sums = scratch.level_sums + slot * geometry.kernel_h;
+    const int64_t run = held_word_run(group, vector, vectors);
+    if (is_ready_as_held(vector, vectors)) return {held_vector(group, vector), level_sums, run};
+    return {scratch.dwords + slot * layout.vector_step * 4, level_sums, run};
   }
 
  private:
   bool is_ready_as_held(int64_t vector, int64_t vectors) const {
-    return bits == 32 ||
-           (bits == 8 && sizeof(DwordLevel) == 1 && !layout.is_padded(vector + vectors - 1));
+    return bits == 32 || (bits == 8 && !layout.is_padded(vector + vectors - 1));
+  }
+
+  int64_t held_word_run(int64_t group, int64_t vector, int64_t vectors) const {
+    if (bits == 32 || kWordRunBytes == 0) return 0;
+    const uint8_t* runs = held + geometry.groups * layout.held_group_bytes(bits) +
+                          (group * layout.vectors + vector) * kWordRunBytes;
+    int64_t run = get_word_run(runs);
+    if (vectors == 2) run = min_of(run, get_word_run(runs + kWordRunBytes));
+    return run;
   }
 
   const uint8_t* held_vector(int64_t group, int64_t vector) const {
@@ -280,11 +301,10 @@ struct DirectWeightSource {
   void read(const uint8_t* dense, int64_t vector, uint8_t* dwords) const {
     const int64_t count = layout.codes(vector);
     if (!layout.is_padded(vector)) {
-      return read_dense_levels(dense, count, bits, centred, reinterpret_cast<DwordLevel*>(dwords));
+      return read_dense_levels(dense, count, bits, centred, reinterpret_cast<int8_t*>(dwords));
     }
     read_dense_levels(dense, count, bits, centred, scratch.levels);
-    spread_levels<DwordLevel>(layout, layout.lanes(vector), scratch.levels,
-                              reinterpret_cast<DwordLevel*>(dwords));
+    spread_levels(layout, layout.lanes(vector), scratch.levels, reinterpret_cast<int8_t*>(dwords));
   }
 };
 
@@ -420,7 +440,8 @@ struct DirectMultiply {
       // a loop lost 15 %, with 32 gained 6 % (8 pixels, 8 bits, Zen 4).
       const bool may_skip = layout.planes * vectors >= 32;
       const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
-                               may_skip && pads_right && x + pixels == shape->out_width};
+                               may_skip && pads_right && x + pixels == shape->out_width,
+                               ready.word_run};
       const bool whole = !part.skips_left && !part.skips_right;
       const auto tile = dot_tile_for<Dword, Vector>(pixels, vectors, walk.pixel_step);
       tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, weights, start, sums);
@@ -460,7 +481,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   multiply.task = &task;
   multiply.shape = &shape;
   multiply.layout = direct_layout<Dword>(g);
-  multiply.zero_point = kSubtractsZeroPoint ? 0 : source.range.zero_point;
+  multiply.zero_point = source.range.zero_point;
   multiply.sums = scratch.sums;
   const DirectWeightSource weights =
       direct_weight_source(task, multiply.layout, multiply.zero_point, scratch.weights);

@@ -53,7 +53,7 @@ inline void vector_retile(const ConvGeometry& g, const uint8_t* canonical, int32
 #endif
   if (is_depthwise(g)) return retile_depthwise(g, canonical, bits, centred, tile);
   if (!direct_takes(bits, centred)) return retile_filters(g, canonical, bits, centred, tile);
-  retile_direct(g, canonical, bits, tile);
+  retile_direct(g, canonical, bits, centred, tile);
 }
 
 inline TileForm vector_tile_form(const MixedConv2dArgs& args, int32_t bits) {

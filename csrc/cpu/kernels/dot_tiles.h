@@ -34,6 +34,9 @@ struct WindowPart {
   int64_t rows;      // those inside the input
   bool skips_left;   // the first kernel column of the first pixel
   bool skips_right;  // the last kernel column of the last pixel
+  // Where sums may be kept in 16-bit words: of how many dwords in a row, whatever the codes; 0: of
+  // none.
+  int64_t word_run;
 };
 
 // Keeps a number in a register of its own.
@@ -69,18 +72,20 @@ struct PixelOffsets {
   }
 };
 
-// Adds one kernel column for pixels [kFirst, kLast) of a tile.
+// Adds the products of `dwords` dwords of one kernel column for pixels [kFirst, kLast) of a tile;
+// accumulate(sum, value, weight) adds one.
 template <typename Dword, typename Vector, int kFirst, int kLast, int kPixels, int kVectors,
-          int kStep>
+          int kStep, typename Accumulate>
 inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk,
                                                       const PixelOffsets<kPixels, kStep>& offsets,
-                                                      const uint8_t* column,
+                                                      const uint8_t* column, int64_t dwords,
                                                       const uint8_t** weights,
-                                                      Vector (&sums)[kPixels * kVectors]) {
+                                                      Vector (&sums)[kPixels * kVectors],
+                                                      Accumulate accumulate) {
   const int64_t vector_step = walk.vector_step;
   const int64_t plane_step = walk.plane_step;
   const uint8_t* weight = *weights;
-  const uint8_t* end = weight + walk.planes * static_cast<int64_t>(sizeof(Vector));
+  const uint8_t* end = weight + dwords * static_cast<int64_t>(sizeof(Vector));
   for (; weight != end; weight += sizeof(Vector)) {
     Vector w[kVectors];
     unroll<kVectors>([&](auto v) { std::memcpy(&w[v], weight + v * vector_step, sizeof(w[v])); });
@@ -89,7 +94,7 @@ inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk,
       const Vector value = splat_dword<Dword>(offsets.template at<kPixel>(column));
       unroll<kVectors>([&](auto v) {
         Vector& sum = sums[kPixel * kVectors + v];
-        sum = dot(sum, value, w[v]);
+        sum = accumulate(sum, value, w[v]);
       });
     });
     column += plane_step;
@@ -97,38 +102,94 @@ inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk,
   *weights = end;
 }
 
-// result[pixel][vector][lane] = start[vector][lane] + dot(window, weights).
-template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
-inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
-                     const uint8_t* weights, const Vector* start, Vector* result) {
-  Vector sums[kPixels * kVectors];
-  unroll<kPixels * kVectors>([&](auto i) { sums[i] = start[i % kVectors]; });
-  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
+// Calls fn(begin, end, column) for every kernel column of a window, begin and end being constants:
+// the pixels that take part in it.
+template <int kPixels, typename Fn>
+inline __attribute__((always_inline)) void for_each_column(const WindowWalk& walk,
+                                                           const WindowPart& part,
+                                                           const uint8_t* input, Fn fn) {
   for (int64_t kh = 0; kh < part.rows; ++kh) {
     const uint8_t* column = input + kh * walk.row_step;
     for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
-      const auto columns = [&](auto begin, auto end) {
-        dot_column<Dword, Vector, begin, end, kPixels, kVectors>(walk, offsets, column, &weights,
-                                                                 sums);
-      };
       constexpr std::integral_constant<int, 0> kBegin;
       constexpr std::integral_constant<int, kPixels> kEnd;
       if constexpr (kPixels > 1) {
         constexpr std::integral_constant<int, 1> kSecond;
         constexpr std::integral_constant<int, kPixels - 1> kLast;
         if (part.skips_left && kw == 0) {
-          columns(kSecond, kEnd);
+          fn(kSecond, kEnd, column);
         } else if (part.skips_right && kw == walk.kernel_w - 1) {
-          columns(kBegin, kLast);
+          fn(kBegin, kLast, column);
         } else {
-          columns(kBegin, kEnd);
+          fn(kBegin, kEnd, column);
         }
       } else {
-        columns(kBegin, kEnd);
+        fn(kBegin, kEnd, column);
       }
       column += walk.column_step;
     }
   }
+}
+
+#if !defined(__AVX512VNNI__)
+// The same as dot_tile, the sums of up to part.word_run dwords kept in words: half the instructions
+// of adding each product to a lane.
+template <int kPixels, int kVectors, int kStep>
+inline void dot_tile_in_words(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
+                              const uint8_t* weights, const Ints* start, Ints* result) {
+  constexpr int kSums = kPixels * kVectors;
+  Ints words[kSums];
+  unroll<kSums>([&](auto i) { words[i] = zero_ints(); });
+  bool has_sums = false;
+  const auto flush = [&] {
+    if (has_sums) {
+      unroll<kSums>([&](auto i) { result[i] = add(result[i], join_words(words[i])); });
+    } else {
+      unroll<kSums>([&](auto i) { result[i] = add(start[i % kVectors], join_words(words[i])); });
+    }
+  };
+  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
+  int64_t room = part.word_run;
+  for_each_column<kPixels>(walk, part, input, [&](auto begin, auto end, const uint8_t* column) {
+    for (int64_t left = walk.planes; left > 0;) {
+      if (room == 0) {
+        flush();
+        unroll<kSums>([&](auto i) { words[i] = zero_ints(); });
+        has_sums = true;
+        room = part.word_run;
+      }
+      const int64_t dwords = min_of(room, left);
+      dot_column<uint32_t, Ints, begin, end, kPixels, kVectors>(
+          walk, offsets, column, dwords, &weights, words,
+          [](Ints sum, Ints value, Ints weight) { return dot_fitting(sum, value, weight); });
+      column += dwords * walk.plane_step;
+      room -= dwords;
+      left -= dwords;
+    }
+  });
+  flush();
+}
+#endif
+
+// result[pixel][vector][lane] = start[vector][lane] + dot(window, weights).
+template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
+inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
+                     const uint8_t* weights, const Vector* start, Vector* result) {
+#if !defined(__AVX512VNNI__)
+  if constexpr (!std::is_same<Dword, float>::value) {
+    if (part.word_run > 0) {
+      return dot_tile_in_words<kPixels, kVectors, kStep>(walk, part, input, weights, start, result);
+    }
+  }
+#endif
+  Vector sums[kPixels * kVectors];
+  unroll<kPixels * kVectors>([&](auto i) { sums[i] = start[i % kVectors]; });
+  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
+  for_each_column<kPixels>(walk, part, input, [&](auto begin, auto end, const uint8_t* column) {
+    dot_column<Dword, Vector, begin, end, kPixels, kVectors>(
+        walk, offsets, column, walk.planes, &weights, sums,
+        [](Vector sum, Vector value, Vector weight) { return dot(sum, value, weight); });
+  });
   unroll<kPixels * kVectors>([&](auto i) { result[i] = sums[i]; });
 }
 

@@ -1,6 +1,7 @@
 // The input rows that some output rows need, as dwords (see vectors.h): a dword holds neighbouring
 // channels of one pixel, so that a convolution multiplies it by a vector of weights after one
 // broadcast from memory. The dwords of a pixel lie together, or in planes where the input does.
+// Codes are multiplied as they are; the zero point is corrected for in the sums.
 #pragma once
 
 #include <type_traits>
@@ -17,18 +18,6 @@
 namespace dfs {
 namespace DFS_ISA {
 namespace {
-
-// With VNNI codes are multiplied as they are and the zero point is corrected for in the sums;
-// without, their distances from the zero point are.
-#if defined(__AVX512VNNI__)
-using DwordPart = uint8_t;
-constexpr bool kSubtractsZeroPoint = false;
-#else
-using DwordPart = int16_t;
-constexpr bool kSubtractsZeroPoint = true;
-#endif
-// Of a weight.
-using DwordLevel = std::make_signed<DwordPart>::type;
 
 template <typename Dword>
 constexpr int64_t channels_per_dword() {
@@ -67,7 +56,6 @@ inline bool is_planar(const SampleView& input) {
 struct RowScratch {
   float* values;
   uint8_t* codes;
-  int16_t* levels;
 };
 
 inline RowScratch row_scratch(const WindowShape& shape, Arena* arena) {
@@ -75,7 +63,6 @@ inline RowScratch row_scratch(const WindowShape& shape, Arena* arena) {
   RowScratch scratch;
   scratch.values = arena->take<float>(count);
   scratch.codes = arena->take<uint8_t>(count);
-  scratch.levels = arena->take<int16_t>(kSubtractsZeroPoint ? count : 0);
   return scratch;
 }
 
@@ -138,20 +125,19 @@ inline const uint8_t* read_codes(const RowSource& source, int64_t y, int64_t pix
   return source.scratch.codes;
 }
 
-// Pixels of interleaved channels, `part_bytes` each, to pixels whose groups begin at a dword. What
-// fills up a group's last dword is multiplied by zeros.
+// Pixels of interleaved codes to pixels whose groups begin at a dword. What fills up a group's last
+// dword is multiplied by zeros.
 inline void align_groups(const uint8_t* src, int64_t pixels, int64_t groups, int64_t channels,
-                         int64_t part_bytes, uint8_t* dst) {
-  const int64_t bytes = channels * part_bytes;
-  const int64_t step = round_up(bytes, 4);
-  if (bytes == step) {
-    std::memcpy(dst, src, static_cast<size_t>(pixels * groups * bytes));
+                         uint8_t* dst) {
+  const int64_t step = round_up(channels, kCodesPerDword);
+  if (channels == step) {
+    std::memcpy(dst, src, static_cast<size_t>(pixels * groups * channels));
     return;
   }
   for (int64_t i = 0; i < pixels * groups; ++i) {
-    for (int64_t k = 0; k < bytes; ++k) dst[k] = src[k];
-    for (int64_t k = bytes; k < step; ++k) dst[k] = 0;
-    src += bytes;
+    for (int64_t k = 0; k < channels; ++k) dst[k] = src[k];
+    for (int64_t k = channels; k < step; ++k) dst[k] = 0;
+    src += channels;
     dst += step;
   }
 }
@@ -162,7 +148,7 @@ inline void quantize_plane(const float* values, int64_t channel_step, int64_t ch
   const Floats inverse_scale = splat(range.inverse_scale);
   const Floats low = splat(range.low);
   const Floats high = splat(range.high);
-  const Ints shift = splat(kSubtractsZeroPoint ? 0 : range.zero_point);
+  const Ints shift = splat(range.zero_point);
   const auto part = [&](int64_t channel, int64_t x, int64_t count) {
     if (channel >= channels) return zero_ints();
     const float* src = values + channel * channel_step + x;
@@ -172,14 +158,9 @@ inline void quantize_plane(const float* values, int64_t channel_step, int64_t ch
   };
   for (int64_t x = 0; x < pixels; x += kLanes) {
     const int64_t count = min_of(pixels - x, kLanes);
-#if defined(__AVX512VNNI__)
     const Ints low_half = bit_or(part(0, x, count), shift_left<8>(part(1, x, count)));
     const Ints high_half = bit_or(part(2, x, count), shift_left<8>(part(3, x, count)));
     const Ints dwords = bit_or(low_half, shift_left<16>(high_half));
-#else
-    const Ints even = _mm256_and_si256(part(0, x, count), splat(0xffff));
-    const Ints dwords = bit_or(even, shift_left<16>(part(1, x, count)));
-#endif
     if (count == kLanes) {
       store(plane + x, dwords);
     } else {
@@ -214,12 +195,7 @@ inline void load_plane_row(const WindowShape& shape, const RowSource& source, in
 inline void load_row(const WindowShape& shape, const RowSource& source, int64_t y, uint32_t* dst) {
   const int64_t pixels = shape.used_width;
   const uint8_t* codes = read_codes(source, y, pixels);
-  if constexpr (kSubtractsZeroPoint) {
-    levels_from_codes(codes, pixels * source.input.channels, source.range.zero_point,
-                      source.scratch.levels);
-    codes = reinterpret_cast<const uint8_t*>(source.scratch.levels);
-  }
-  align_groups(codes, pixels, shape.geometry.groups, shape.group_channels, sizeof(DwordPart),
+  align_groups(codes, pixels, shape.geometry.groups, shape.group_channels,
                reinterpret_cast<uint8_t*>(dst));
 }
 
@@ -237,8 +213,7 @@ inline bool reads_in_place(const WindowShape& shape, const RowSource& source) {
     return is_planar(input) || (input.values != nullptr && input.stride_c == 1) ||
            (input.values == nullptr && input.bits == 32);
   }
-  return !kSubtractsZeroPoint && source.as_stored && input.bits == 8 &&
-         shape.group_channels % kCodesPerDword == 0;
+  return source.as_stored && input.bits == 8 && shape.group_channels % kCodesPerDword == 0;
 }
 
 template <typename Dword>
@@ -294,9 +269,7 @@ inline DwordBand load_dword_band(const WindowShape& shape, const RowSource& sour
   const int64_t right = left + shape.used_width;
   Dword padding{};
   if constexpr (!std::is_same<Dword, float>::value) {
-    if (!kSubtractsZeroPoint) {
-      padding = static_cast<uint32_t>(source.range.zero_point) * 0x01010101u;
-    }
+    padding = static_cast<uint32_t>(source.range.zero_point) * 0x01010101u;
   }
   // A row is one run of pixels, or so many runs of one plane.
   const int64_t runs = planar ? all_planes : 1;

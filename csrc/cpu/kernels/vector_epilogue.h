@@ -164,7 +164,6 @@ inline void finish_vector_as(const VectorEpilogue& e, int64_t y, int64_t x, int6
   }
   uint8_t* output = e.output.at(y, x) + first * kBits / 8;
   int64_t p = 0;
-#if defined(__AVX512VNNI__)
   if constexpr (kBits != 32 && kWhole) {
     if (e.range.zero_point == 0) {
       for (; p + kStoredPixels <= pixels; p += kStoredPixels) {
@@ -179,7 +178,6 @@ inline void finish_vector_as(const VectorEpilogue& e, int64_t y, int64_t x, int6
       }
     }
   }
-#endif
   for (; p < pixels; ++p) {
     const Floats value = finish.value(sums_of(p), residual);
     if constexpr (kBits == 32) {

@@ -1,6 +1,5 @@
 // One vector register of float32 or int32 lanes, for AVX2 (8 lanes) and AVX-512 (16 lanes), under
-// one set of names. A "dword" is what a lane multiplies at a time: four uint8 codes with VNNI, two
-// int16 levels without it, or one float.
+// one set of names. A "dword" is what a lane multiplies at a time: four uint8 codes, or one float.
 #pragma once
 
 #include <immintrin.h>
@@ -17,10 +16,11 @@ namespace dfs {
 namespace DFS_ISA {
 namespace {
 
+constexpr int64_t kCodesPerDword = 4;
+
 #if defined(__AVX512VNNI__)
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kCodesPerDword = 4;
 using Floats = __m512;
 using Ints = __m512i;
 
@@ -79,11 +79,12 @@ inline __m128i to_bytes(Ints value) { return _mm512_cvtepi32_epi8(value); }
 inline Ints dot(Ints sums, Ints codes, Ints weights) {
   return _mm512_dpbusd_epi32(sums, codes, weights);
 }
+// The same as fast as it gets, in sums of any kind.
+inline Ints dot_fitting(Ints sums, Ints codes, Ints weights) { return dot(sums, codes, weights); }
 
 #elif defined(__AVX2__)
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kCodesPerDword = 2;
 using Floats = __m256;
 using Ints = __m256i;
 
@@ -149,10 +150,23 @@ inline __m128i to_bytes(Ints value) {
   return _mm_packus_epi16(words, words);
 }
 
-// Adds, lane by lane, the products of two levels and two weights. (vpmaddubsw would take bytes, but
-// it saturates: 255 * -128 twice.)
-inline Ints dot(Ints sums, Ints levels, Ints weights) {
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(levels, weights));
+// Sums of two products of unsigned codes and signed weights, two 16-bit words in a lane. They
+// saturate (255 * -128 twice).
+inline Ints dot_pairs(Ints codes, Ints weights) { return _mm256_maddubs_epi16(codes, weights); }
+// Adds such sums where they fit into words.
+inline Ints dot_fitting(Ints words, Ints codes, Ints weights) {
+  return _mm256_add_epi16(words, dot_pairs(codes, weights));
+}
+// The sum of both words of each lane.
+inline Ints join_words(Ints words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+
+// Adds, lane by lane, the products of four unsigned codes and four signed weights. A pair of
+// products saturates for no weight if the codes' highest bits are multiplied apart.
+inline Ints dot(Ints sums, Ints codes, Ints weights) {
+  const Ints high_bits = _mm256_set1_epi8(-128);
+  const Ints low = dot_pairs(_mm256_andnot_si256(high_bits, codes), weights);
+  const Ints high = dot_pairs(_mm256_and_si256(high_bits, codes), weights);
+  return add(sums, add(join_words(low), join_words(high)));
 }
 
 #else
@@ -207,21 +221,30 @@ inline void store_lanes(uint8_t* dst, Ints codes) {
   }
 }
 
-#if defined(__AVX512VNNI__)
 // Pixels whose codes are stored together.
 constexpr int kStoredPixels = 4;
 
-// Stores the codes of as many pixels, pixel_step bytes apart. What lies below the codes' range is
-// stored as 0, what lies above it must not occur.
-template <int kBits>
-inline void store_pixels(uint8_t* dst, int64_t pixel_step, const Ints (&codes)[kStoredPixels]) {
-  constexpr size_t kBytes = static_cast<size_t>(kLanes) * kBits / 8;
+// The codes of one pixel after the other, a byte each. What lies below the range of a byte becomes
+// 0, what lies above it must not occur.
+inline Ints join_pixels(const Ints (&codes)[kStoredPixels]) {
+#if defined(__AVX512VNNI__)
   // Packing goes by 128-bit lanes: the dwords of a lane are four channels of each pixel.
   const Ints words[2] = {_mm512_packs_epi32(codes[0], codes[1]),
                          _mm512_packs_epi32(codes[2], codes[3])};
   const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
-  alignas(64) uint8_t packed[kStoredPixels * kBytes];
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+#else
+  const Ints words[2] = {_mm256_packs_epi32(codes[0], codes[1]),
+                         _mm256_packs_epi32(codes[2], codes[3])};
+  const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words[0], words[1]), order);
+#endif
+}
+
+// Stores bytes as codes of kBits, kLanes * kBits / 8 bytes a pixel.
+template <int kBits>
+inline void store_joined(uint8_t* packed, Ints bytes) {
+#if defined(__AVX512VNNI__)
   if constexpr (kBits == 8) {
     _mm512_store_si512(packed, bytes);
   } else {
@@ -233,6 +256,30 @@ inline void store_pixels(uint8_t* dst, int64_t pixel_step, const Ints (&codes)[k
       _mm_store_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(fours));
     }
   }
+#else
+  if constexpr (kBits == 8) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(packed), bytes);
+  } else {
+    const Ints pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(kBits == 4 ? 0x1001 : 0x0401));
+    const Ints parts = kBits == 4 ? pairs : _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x00100001));
+    const __m128i low = _mm256_castsi256_si128(parts);
+    const __m128i high = _mm256_extracti128_si256(parts, 1);
+    if constexpr (kBits == 4) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(packed), _mm_packus_epi16(low, high));
+    } else {
+      const __m128i words = _mm_packus_epi32(low, high);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm_packus_epi16(words, words));
+    }
+  }
+#endif
+}
+
+// Stores the codes of kStoredPixels pixels, pixel_step bytes apart; see join_pixels.
+template <int kBits>
+inline void store_pixels(uint8_t* dst, int64_t pixel_step, const Ints (&codes)[kStoredPixels]) {
+  constexpr size_t kBytes = static_cast<size_t>(kLanes) * kBits / 8;
+  alignas(64) uint8_t packed[kStoredPixels * kBytes];
+  store_joined<kBits>(packed, join_pixels(codes));
   if (pixel_step == static_cast<int64_t>(kBytes)) {
     std::memcpy(dst, packed, sizeof(packed));
     return;
@@ -241,7 +288,6 @@ inline void store_pixels(uint8_t* dst, int64_t pixel_step, const Ints (&codes)[k
     std::memcpy(dst + p * pixel_step, packed + static_cast<size_t>(p) * kBytes, kBytes);
   }
 }
-#endif
 
 // The first `count` codes; the rest of the last byte is zero.
 template <int kBits>
