@@ -59,7 +59,7 @@ def build_executable() -> Path:
         flags = (f"-fsanitize=fuzzer-no-link,{_SANITIZE}", *SANITIZER_FLAGS, *_CLANG_SAYS_SO)
         link = (f"-fsanitize=fuzzer,{_SANITIZE}",)
         executable = _DIRECTORY / "libfuzzer" / "fuzz-mixed-conv2d"
-        return link_with_library(compiler, sources, executable, flags, flags, link)
+        return link_with_library(compiler, sources, executable, flags, link)
     compiler = find_host_compiler()
     if compiler.is_msvc:
         raise BuildError("the fuzz target needs GCC or Clang")
@@ -67,7 +67,7 @@ def build_executable() -> Path:
     sanitize = (f"-fsanitize={_SANITIZE}", *SANITIZER_FLAGS)
     # Beside the C++ tests under the same sanitizers, whose objects it shares.
     executable = build_directory(list(_SANITIZERS)) / "fuzz-mixed-conv2d"
-    return link_with_library(compiler, sources, executable, sanitize, sanitize, sanitize)
+    return link_with_library(compiler, sources, executable, sanitize, sanitize)
 
 
 def main() -> int:

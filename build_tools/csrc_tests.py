@@ -2,9 +2,9 @@
 
     python -m build_tools.csrc_tests [--sanitize address,undefined | --sanitize thread]
 
-The objects are those of the Python module, file by file with the same flags, but that a sanitizer
-lowers the optimization level. ThreadSanitizer gets no CUDA kernels, as it can't follow the fibers
-that these run in.
+Without a sanitizer the objects are those of the Python modules; with one they are compiled with the
+same flags but for the optimization level. ThreadSanitizer gets no CUDA kernels, as it can't follow
+the fibers that these run in.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from build_tools import cuda_emulator
+from build_tools.extension import compile_library
 from build_tools.ninja_file import NinjaFile
 from build_tools.toolchain import (
     CSRC,
@@ -58,18 +59,18 @@ def build_executable(sanitizers: list[str]) -> Path:
         raise BuildError(f"no tests in {CSRC / 'tests'}")
     executable = build_directory(sanitizers) / "csrc-tests"
     if not sanitizers:
-        return link_with_library(compiler, tests, executable, ("-O3",), ("-O1",), (), with_cuda)
+        objects = compile_library(compiler) + cuda_emulator.compile_kernels(compiler)
+        return _link(NinjaFile(executable.parent), compiler, tests, objects, executable, ("-O1",))
     sanitize = (f"-fsanitize={','.join(sanitizers)}", *SANITIZER_FLAGS)
-    return link_with_library(compiler, tests, executable, sanitize, sanitize, sanitize, with_cuda)
+    return link_with_library(compiler, tests, executable, sanitize, sanitize, with_cuda)
 
 
 def link_with_library(
     compiler: HostCompiler,
     sources: list[Path],
     executable: Path,
-    library_flags: tuple[str, ...],
-    source_flags: tuple[str, ...],
-    link_flags: tuple[str, ...] = (),
+    flags: tuple[str, ...],
+    link_flags: tuple[str, ...],
     with_cuda: bool = False,
 ) -> Path:
     """Compiles the CPU code and `sources` into one executable; returns its absolute path.
@@ -82,13 +83,27 @@ def link_with_library(
     ninja = NinjaFile(executable.parent)
     objects = [
         ninja.compile_cpp(compiler, source.path, source.flags)
-        for source in library_sources(compiler, library_flags)
+        for source in library_sources(compiler, flags)
     ]
-    flags = (*baseline_flags(compiler, source_flags), *include_flags(compiler))
     if with_cuda:
-        flags = (*flags, *cuda_emulator.FLAGS)
-        objects += cuda_emulator.compile_kernels(ninja, compiler, library_flags)
-    objects += [ninja.compile_cpp(compiler, path, flags) for path in sources]
+        objects += cuda_emulator.add_kernels(ninja, compiler, flags)
+    return _link(ninja, compiler, sources, objects, executable, flags, link_flags, with_cuda)
+
+
+def _link(
+    ninja: NinjaFile,
+    compiler: HostCompiler,
+    sources: list[Path],
+    objects: list[Path],
+    executable: Path,
+    flags: tuple[str, ...],
+    link_flags: tuple[str, ...] = (),
+    with_cuda: bool = True,
+) -> Path:
+    all_flags = (*baseline_flags(compiler, flags), *include_flags(compiler))
+    if with_cuda:
+        all_flags = (*all_flags, *cuda_emulator.FLAGS)
+    objects = [*objects, *(ninja.compile_cpp(compiler, path, all_flags) for path in sources)]
     command = [*compiler.command, *split_environment_flags("LDFLAGS"), "-pthread", *link_flags]
     command += [*(str(path) for path in objects), "-o", str(executable)]
     ninja.link(executable, objects, command)

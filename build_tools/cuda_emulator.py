@@ -23,11 +23,12 @@ from build_tools.toolchain import (
 )
 
 DIRECTORY = Path("build", "cuda-emulator")
+_OPTIMIZATION = ("-O2",)
 FLAGS = ("-Icsrc/include", "-Icsrc/cuda", "-DDFS_CUDA_EMULATED")
 
 
-def compile_kernels(
-    ninja: NinjaFile, compiler: HostCompiler, optimization: Sequence[str]
+def add_kernels(
+    ninja: NinjaFile, compiler: HostCompiler, optimization: Sequence[str] = _OPTIMIZATION
 ) -> list[Path]:
     """Adds the kernels and the emulator; returns their object files."""
     flags = (*baseline_flags(compiler, optimization), *FLAGS)
@@ -40,6 +41,19 @@ def compile_kernels(
         ninja.compile_cpp(compiler, path.relative_to(ROOT), flags)
         for path in sorted((CSRC / "cuda" / "emulator").glob("*.cpp"))
     ]
+    return objects
+
+
+def compile_kernels(compiler: HostCompiler) -> list[Path]:
+    """Brings the module's objects that need no Python up to date; returns their paths.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    ninja = NinjaFile(DIRECTORY, name="kernels.ninja")
+    objects = add_kernels(ninja, compiler)
+    with _alone():
+        ninja.run(objects)
     return objects
 
 
@@ -71,7 +85,7 @@ def build_module() -> Path:
     if compiler.is_msvc:
         raise BuildError("the emulated CUDA kernels need GCC or Clang")
     ninja = NinjaFile(DIRECTORY)
-    objects = compile_kernels(ninja, compiler, ("-O2",))
+    objects = add_kernels(ninja, compiler)
     flags = (*module_flags(compiler), *FLAGS)
     objects.append(ninja.compile_cpp(compiler, Path("csrc/python/cuda_module.cpp"), flags))
     output = module_path().relative_to(ROOT)

@@ -33,7 +33,8 @@ _CUDA = "dfs_kernels._cuda"
 CPU_MODULE_SOURCES = ("cpu_module.cpp", "engine_bindings.cpp")
 
 
-def _build_directory() -> Path:
+def build_directory() -> Path:
+    """Where the modules and their objects go, relative to the project's root."""
     return Path("build", "native", f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}")
 
 
@@ -80,11 +81,27 @@ def link_module(
     return ninja.link(output, objects, command)
 
 
-def _add_cpu_module(ninja: NinjaFile, compiler: HostCompiler, output: Path) -> None:
-    objects = [
+def compile_library(compiler: HostCompiler) -> list[Path]:
+    """Brings the CPU module's objects that need no Python up to date; returns their paths.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    ninja = NinjaFile(build_directory(), compiler.environment, "library.ninja")
+    objects = _add_library(ninja, compiler)
+    ninja.run(objects)
+    return objects
+
+
+def _add_library(ninja: NinjaFile, compiler: HostCompiler) -> list[Path]:
+    return [
         ninja.compile_cpp(compiler, source.path, source.flags)
         for source in library_sources(compiler)
     ]
+
+
+def _add_cpu_module(ninja: NinjaFile, compiler: HostCompiler, output: Path) -> None:
+    objects = _add_library(ninja, compiler)
     for name in CPU_MODULE_SOURCES:
         module = Path("csrc", "python", name)
         if not (ROOT / module).is_file():
@@ -153,7 +170,7 @@ class BuildExtension(build_ext):
 
     def _compile(self) -> dict[str, Path]:
         compiler = find_host_compiler()
-        directory = _build_directory()
+        directory = build_directory()
         cuda = find_cuda(compiler, ROOT / directory / "cuda_probe.json")
         ninja = NinjaFile(directory, compiler.environment)
 

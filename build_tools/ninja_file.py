@@ -77,10 +77,14 @@ def _find_ninja() -> str:
 
 @dataclass
 class NinjaFile:
-    """The steps of one build. Paths are relative to the project's root, where ninja runs."""
+    """The steps of one build. Paths are relative to the project's root, where ninja runs.
+
+    Files of other names in the same directory share what they make.
+    """
 
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    name: str = "build.ninja"
     _edges: list[str] = field(default_factory=list)
     _outputs: set[Path] = field(default_factory=set)
 
@@ -141,7 +145,7 @@ class NinjaFile:
             StepFailedError: a step failed.
             BuildError: ninja could not be started.
         """
-        path = ROOT / self.directory / "build.ninja"
+        path = ROOT / self.directory / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = (
             _HEADER.format(directory=_escape(str(self.directory))) + "\n" + "\n".join(self._edges)

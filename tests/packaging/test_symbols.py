@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from build_tools.csrc_tests import build_directory, build_executable
-from build_tools.toolchain import ROOT, is_x86_64
+from build_tools.extension import compile_library
+from build_tools.toolchain import ROOT, find_host_compiler, is_x86_64
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,16 +24,10 @@ LEGACY_V = re.compile(r"\tv(?:err|erw|mcall|mlaunch|mresume|mxoff) ")
 
 
 @pytest.fixture(scope="module")
-def executable() -> Path:
-    return build_executable([])
-
-
-@pytest.fixture(scope="module")
-def objects(executable: Path) -> list[Path]:
-    found = sorted((ROOT / build_directory([]) / "obj" / "csrc" / "cpu").glob("*.o"))
-    current = [path for path in found if (ROOT / "csrc" / "cpu" / path.stem).is_file()]
-    assert current
-    return current
+def objects() -> list[Path]:
+    cpu = [path for path in compile_library(find_host_compiler()) if path.parent.name == "cpu"]
+    assert cpu
+    return [ROOT / path for path in cpu]
 
 
 def tool(name: str) -> str:
