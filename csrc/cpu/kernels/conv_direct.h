@@ -12,7 +12,7 @@
 #include "prefetch.h"
 #include "vector_epilogue.h"
 #include "vectors.h"
-#include "word_runs.h"
+#include "word_sums.h"
 
 namespace dfs {
 namespace DFS_ISA {
@@ -24,8 +24,8 @@ inline bool direct_takes(int32_t bits, bool centred) { return bits != 8 || !cent
 // Sizes of the weights of one group: as they are multiplied, vectors of dwords [vectors][kernel_h]
 // [kernel_w][planes], and as they are held. Floats are held as they are multiplied; integers as
 // dense codes (see dense_codes.h) of one vector after the other, in the same order but without the
-// lanes and the codes of a dword that stand for no channel; behind those of all groups come, where
-// sums are kept in words, the vectors' word runs.
+// lanes and the codes of a dword that stand for no channel. Where sums are kept in words their
+// WordSums follow.
 struct DirectLayout {
   int64_t outputs;  // of one group
   int64_t channels;
@@ -62,8 +62,7 @@ inline DirectLayout direct_layout(const ConvGeometry& g) {
 inline size_t direct_tile_bytes(const ConvGeometry& g, int32_t bits) {
   if (bits == 32) return static_cast<size_t>(g.groups * direct_layout<float>(g).group_dwords) * 4;
   const DirectLayout layout = direct_layout<uint32_t>(g);
-  return static_cast<size_t>(g.groups *
-                             (layout.held_group_bytes(bits) + layout.vectors * kWordRunBytes));
+  return static_cast<size_t>(g.groups * layout.held_group_bytes(bits)) + kWordSumsBytes;
 }
 
 // Calls fn(group, o, tap, run) for every run of channels of a filter bank, o counted within the
@@ -104,20 +103,9 @@ inline void retile_direct_codes(const ConvGeometry& g, const uint8_t* canonical,
       }
     }
   });
-  if constexpr (kWordRunBytes != 0) {
-    uint8_t* runs = tile + g.groups * layout.held_group_bytes(kBits);
-    const int64_t filter_bytes = layout.taps * run_bytes;
-    for (int64_t group = 0; group < g.groups; ++group) {
-      for (int64_t vector = 0; vector < layout.vectors; ++vector) {
-        const int64_t first = group * layout.outputs + vector * kLanes;
-        int64_t run = kMaxWordRun;
-        for (int64_t lane = 0; lane < layout.lanes(vector); ++lane) {
-          const uint8_t* filter = canonical + (first + lane) * filter_bytes;
-          run = min_of(run, word_run<kBits>(filter, layout.channels, layout.taps, centred));
-        }
-        set_word_run(runs + (group * layout.vectors + vector) * kWordRunBytes, run);
-      }
-    }
+  if constexpr (kSumsInWords) {
+    word_sums<kBits>(canonical, g.out_channels, layout.channels, layout.taps, centred)
+        .store(tile + g.groups * layout.held_group_bytes(kBits));
   }
 }
 
@@ -164,11 +152,11 @@ inline int64_t direct_band_rows(const WindowShape& shape, int64_t out_rows) {
   return max_of(min_of(out_rows, affordable / shape.geometry.stride_h + 1), 1);
 }
 
-// Weights of one or two vectors of output channels, ready to be multiplied.
+// Weights of one or two vectors of output channels, ready to be multiplied: vectors of dwords, or
+// the low and the high part of one after the other.
 struct DirectWeights {
   const uint8_t* dwords;
   const Ints* level_sums;  // [vectors][kernel_h], if there is a zero point to correct for
-  int64_t word_run;        // see WindowPart
 };
 
 // kCount levels of each lane, and zeros beside them.
@@ -227,8 +215,17 @@ inline void sum_levels(const ConvGeometry& g, const DirectLayout& layout, const 
   }
 }
 
+// The parts of the levels in some vectors, see word_sums.h; `levels` may be where the low ones go.
+inline void split_levels(const uint8_t* levels, int64_t vectors, uint8_t* low, uint8_t* high) {
+  for (int64_t i = 0; i < vectors * kVectorBytes; i += kVectorBytes) {
+    const Ints level = load_ints(levels + i);
+    store(high + i, high_parts(level));
+    store(low + i, low_parts(level));
+  }
+}
+
 struct DirectWeightScratch {
-  uint8_t* dwords;   // (groups, vectors, vector_step)
+  uint8_t* dwords;   // (groups, vectors, parts, vector_step)
   int8_t* levels;    // of one vector, before they are spread
   Ints* level_sums;  // (groups, vectors, kernel_h)
 };
@@ -238,7 +235,8 @@ inline DirectWeightScratch direct_weight_scratch(const ConvGeometry& g, int32_t 
   DirectWeightScratch scratch{};
   if (bits == 32) return scratch;
   const DirectLayout layout = direct_layout<uint32_t>(g);
-  scratch.dwords = arena->take<uint8_t>(g.groups * layout.group_dwords * 4);
+  const int64_t parts = kSumsInWords && bits == 8 ? 2 : 1;
+  scratch.dwords = arena->take<uint8_t>(g.groups * layout.group_dwords * 4 * parts);
   scratch.levels = arena->take<int8_t>(layout.codes(0));
   scratch.level_sums = arena->take<Ints>(g.groups * layout.vectors * g.kernel_h);
   return scratch;
@@ -252,21 +250,24 @@ struct DirectWeightSource {
   int32_t bits;
   bool centred;
   bool needs_sums;
+  WordSums words;
   DirectWeightScratch scratch;
 
   DirectWeights load(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
     const DirectWeights ready = loaded(group, vector, vectors, slot);
     if (bits == 32) return ready;
+    const int64_t bytes = layout.vector_step * 4;
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t first = v * layout.vector_step * 4;
-      if (!is_ready_as_held(vector, vectors)) {
-        read(held_vector(group, vector + v), vector + v,
-             scratch.dwords + slot * layout.vector_step * 4 + first);
+      const uint8_t* levels = held_vector(group, vector + v);
+      uint8_t* own = scratch.dwords + (slot + v) * slot_bytes();
+      if (!is_whole(vector, vectors)) {
+        read(levels, vector + v, own);
+        levels = own;
       }
       if (needs_sums) {
-        sum_levels(geometry, layout, ready.dwords + first,
-                   scratch.level_sums + (slot + v) * geometry.kernel_h);
+        sum_levels(geometry, layout, levels, scratch.level_sums + (slot + v) * geometry.kernel_h);
       }
+      if (words.split) split_levels(levels, bytes / kVectorBytes, own, own + bytes);
     }
     return ready;
   }
@@ -274,23 +275,18 @@ struct DirectWeightSource {
   // What load() has returned for the same vectors.
   DirectWeights loaded(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
     const Ints* level_sums = scratch.level_sums + slot * geometry.kernel_h;
-    const int64_t run = held_word_run(group, vector, vectors);
-    if (is_ready_as_held(vector, vectors)) return {held_vector(group, vector), level_sums, run};
-    return {scratch.dwords + slot * layout.vector_step * 4, level_sums, run};
+    if (is_whole(vector, vectors) && !words.split) {
+      return {held_vector(group, vector), level_sums};
+    }
+    return {scratch.dwords + slot * slot_bytes(), level_sums};
   }
 
  private:
-  bool is_ready_as_held(int64_t vector, int64_t vectors) const {
-    return bits == 32 || (bits == 8 && !layout.is_padded(vector + vectors - 1));
-  }
+  int64_t slot_bytes() const { return layout.vector_step * 4 * (words.split ? 2 : 1); }
 
-  int64_t held_word_run(int64_t group, int64_t vector, int64_t vectors) const {
-    if (bits == 32 || kWordRunBytes == 0) return 0;
-    const uint8_t* runs = held + geometry.groups * layout.held_group_bytes(bits) +
-                          (group * layout.vectors + vector) * kWordRunBytes;
-    int64_t run = get_word_run(runs);
-    if (vectors == 2) run = min_of(run, get_word_run(runs + kWordRunBytes));
-    return run;
+  // Whether levels are held as they are.
+  bool is_whole(int64_t vector, int64_t vectors) const {
+    return bits == 32 || (bits == 8 && !layout.is_padded(vector + vectors - 1));
   }
 
   const uint8_t* held_vector(int64_t group, int64_t vector) const {
@@ -314,13 +310,12 @@ inline DirectWeightSource direct_weight_source(const ConvTask& task, const Direc
   const ConvWeight& weight = task.args->weight;
   const bool centred = task.bits != 32 && weight.centred[index_of(weight.widths, task.bits)];
   const bool needs_sums = task.bits != 32 && zero_point != 0;
-  return {static_cast<const uint8_t*>(task.tile),
-          task.args->geometry,
-          layout,
-          task.bits,
-          centred,
-          needs_sums,
-          scratch};
+  const uint8_t* held = static_cast<const uint8_t*>(task.tile);
+  WordSums words;
+  if (kSumsInWords && task.bits != 32) {
+    words.load(held + task.args->geometry.groups * layout.held_group_bytes(task.bits));
+  }
+  return {held, task.args->geometry, layout, task.bits, centred, needs_sums, words, scratch};
 }
 
 template <typename Dword, typename Vector>
@@ -361,6 +356,7 @@ struct DirectMultiply {
   const WindowShape* shape;
   DirectLayout layout;
   int32_t zero_point;  // that the sums are still to be corrected for
+  WordSums words;
   Vector* sums;
   DwordBand band;
   WindowWalk walk;
@@ -434,25 +430,33 @@ struct DirectMultiply {
     const uint8_t* row =
         band.row(y * g.stride_h - g.pad_top + row_begin * g.dilation_h) + group * band.group_step;
     const uint8_t* weights = ready.dwords + row_begin * g.kernel_w * layout.planes * kLanes * 4;
-    for_each_tile(x_end - x_begin, kTilePixels[vectors], [&](int64_t first, int64_t pixels) {
-      const int64_t x = x_begin + first;
-      // What is left out has to outweigh the ends of three loops instead of one: with 16 products
-      // a loop lost 15 %, with 32 gained 6 % (8 pixels, 8 bits, Zen 4).
-      const bool may_skip = layout.planes * vectors >= 32;
-      const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
-                               may_skip && pads_right && x + pixels == shape->out_width,
-                               ready.word_run};
-      const bool whole = !part.skips_left && !part.skips_right;
-      const auto tile = dot_tile_for<Dword, Vector>(pixels, vectors, walk.pixel_step);
-      tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, weights, start, sums);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t channel = (vector + v) * kLanes;
-        const Vector* column = sums + v;
-        finish_vector(epilogue, out_y, out_x + first, pixels, group * layout.outputs + channel,
-                      min_of(layout.outputs - channel, kLanes),
-                      [&](int64_t p) { return as_floats(column[p * vectors]); });
-      }
-    });
+    constexpr bool kWords = kSumsInWords && !std::is_same<Dword, float>::value;
+    const auto run_tiles = [&](int64_t v, int64_t count, const uint8_t* of_vectors) {
+      const int64_t multiplied = words.split ? 2 : count;
+      for_each_tile(x_end - x_begin, kTilePixels[multiplied], [&](int64_t first, int64_t pixels) {
+        const int64_t x = x_begin + first;
+        // What is left out has to outweigh the ends of three loops instead of one: with 16 products
+        // a loop lost 15 %, with 32 gained 6 % (8 pixels, 8 bits, Zen 4).
+        const bool may_skip = !kWords && layout.planes * multiplied >= 32;
+        const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
+                                 may_skip && pads_right && x + pixels == shape->out_width, words};
+        const bool whole = !part.skips_left && !part.skips_right;
+        const auto tile = dot_tile_for<Dword, Vector>(pixels, multiplied, walk.pixel_step);
+        tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, of_vectors, start + v,
+             sums);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t channel = (vector + v + i) * kLanes;
+          const Vector* column = sums + i;
+          finish_vector(epilogue, out_y, out_x + first, pixels, group * layout.outputs + channel,
+                        min_of(layout.outputs - channel, kLanes),
+                        [&](int64_t p) { return as_floats(column[p * count]); });
+        }
+      });
+    };
+    if (!words.split) return run_tiles(0, vectors, weights);
+    for (int64_t v = 0; v < vectors; ++v) {
+      run_tiles(v, 1, weights + v * 2 * layout.vector_step * 4);
+    }
   }
 
   static Floats as_floats(Ints value) { return to_floats(value); }
@@ -485,6 +489,7 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   multiply.sums = scratch.sums;
   const DirectWeightSource weights =
       direct_weight_source(task, multiply.layout, multiply.zero_point, scratch.weights);
+  multiply.words = weights.words;
 
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =

@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "vectors.h"
+#include "word_sums.h"
 
 namespace dfs {
 namespace DFS_ISA {
@@ -34,9 +35,7 @@ struct WindowPart {
   int64_t rows;      // those inside the input
   bool skips_left;   // the first kernel column of the first pixel
   bool skips_right;  // the last kernel column of the last pixel
-  // Where sums may be kept in 16-bit words: of how many dwords in a row, whatever the codes; 0: of
-  // none.
-  int64_t word_run;
+  WordSums words;
 };
 
 // Keeps a number in a register of its own.
@@ -132,54 +131,70 @@ inline __attribute__((always_inline)) void for_each_column(const WindowWalk& wal
 }
 
 #if !defined(__AVX512VNNI__)
-// The same as dot_tile, the sums of up to part.word_run dwords kept in words: half the instructions
-// of adding each product to a lane.
-template <int kPixels, int kVectors, int kStep>
+// dot_tile for codes. With kParts the two vectors of weights are the low and the high parts of one,
+// and so is the result.
+template <int kPixels, int kVectors, int kStep, bool kParts>
 inline void dot_tile_in_words(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
                               const uint8_t* weights, const Ints* start, Ints* result) {
-  constexpr int kSums = kPixels * kVectors;
-  Ints words[kSums];
-  unroll<kSums>([&](auto i) { words[i] = zero_ints(); });
+  constexpr int kResultVectors = kParts ? 1 : kVectors;
+  Ints words[kPixels * kVectors];
+  unroll<kPixels * kVectors>([&](auto i) { words[i] = zero_ints(); });
   bool has_sums = false;
-  const auto flush = [&] {
-    if (has_sums) {
-      unroll<kSums>([&](auto i) { result[i] = add(result[i], join_words(words[i])); });
-    } else {
-      unroll<kSums>([&](auto i) { result[i] = add(start[i % kVectors], join_words(words[i])); });
-    }
+  int64_t room = part.words.run;
+  const auto widen = [&] {
+    unroll<kPixels * kResultVectors>([&](auto i) {
+      Ints sum = has_sums ? result[i] : start[i % kResultVectors];
+      if constexpr (kParts) {
+        sum = add(sum, add(join_words<1>(words[2 * i]), join_words<16>(words[2 * i + 1])));
+      } else {
+        sum = add(sum, join_words<1>(words[i]));
+      }
+      result[i] = sum;
+    });
   };
   const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
-  int64_t room = part.word_run;
-  for_each_column<kPixels>(walk, part, input, [&](auto begin, auto end, const uint8_t* column) {
-    for (int64_t left = walk.planes; left > 0;) {
-      if (room == 0) {
-        flush();
-        unroll<kSums>([&](auto i) { words[i] = zero_ints(); });
-        has_sums = true;
-        room = part.word_run;
+  // Whole columns where they fit: loops that are all as long end without a wrong guess.
+  const int64_t least = walk.planes <= part.words.run ? walk.planes : 1;
+  for (int64_t kh = 0; kh < part.rows; ++kh) {
+    const uint8_t* row = input + kh * walk.row_step;
+    for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
+      const uint8_t* column = row + kw * walk.column_step;
+      for (int64_t left = walk.planes; left > 0;) {
+        if (room < least) {
+          widen();
+          unroll<kPixels * kVectors>([&](auto i) { words[i] = zero_ints(); });
+          has_sums = true;
+          room = part.words.run;
+        }
+        const int64_t dwords = min_of(room, left);
+        dot_column<uint32_t, Ints, 0, kPixels, kPixels, kVectors>(
+            walk, offsets, column, dwords, &weights, words,
+            [](Ints sum, Ints value, Ints weight) { return dot_fitting(sum, value, weight); });
+        column += dwords * walk.plane_step;
+        room -= dwords;
+        left -= dwords;
       }
-      const int64_t dwords = min_of(room, left);
-      dot_column<uint32_t, Ints, begin, end, kPixels, kVectors>(
-          walk, offsets, column, dwords, &weights, words,
-          [](Ints sum, Ints value, Ints weight) { return dot_fitting(sum, value, weight); });
-      column += dwords * walk.plane_step;
-      room -= dwords;
-      left -= dwords;
     }
-  });
-  flush();
+  }
+  widen();
 }
 #endif
 
-// result[pixel][vector][lane] = start[vector][lane] + dot(window, weights).
+// result[pixel][vector][lane] = start[vector][lane] + dot(window, weights). Parts of the same
+// weights count as two vectors that have one result.
 template <typename Dword, typename Vector, int kPixels, int kVectors, int kStep>
 inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
                      const uint8_t* weights, const Vector* start, Vector* result) {
 #if !defined(__AVX512VNNI__)
   if constexpr (!std::is_same<Dword, float>::value) {
-    if (part.word_run > 0) {
-      return dot_tile_in_words<kPixels, kVectors, kStep>(walk, part, input, weights, start, result);
+    if constexpr (kVectors == 2) {
+      if (part.words.split) {
+        return dot_tile_in_words<kPixels, 2, kStep, true>(walk, part, input, weights, start,
+                                                          result);
+      }
     }
+    return dot_tile_in_words<kPixels, kVectors, kStep, false>(walk, part, input, weights, start,
+                                                              result);
   }
 #endif
   Vector sums[kPixels * kVectors];
