@@ -1,7 +1,8 @@
 """Whole networks to time: ours frozen, at forced and decided widths, and the static peers.
 
-All are CIFAR ResNets with random weights: times do not depend on what weights say. Our gates are
-random too, scaled so that they use every width; what gates decide after training is another matter.
+All are CIFAR ResNets with random weights. Ours have calibrated steps, so that weights fill the range
+of their width as trained ones do: times without VNNI depend on it. Our gates are random too, scaled
+so that they use every width; what gates decide after training is another matter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bench.interleaved import interleave
 from bench.prepared import Unavailable
-from dfs import Engine, freeze
+from dfs import Engine, calibrate, freeze
 from dfs.engine.peers import PEERS, Peer, PeerUnavailableError, StaticNetwork
 from dfs.models import DynamicResNet, cifar_resnet
 from dfs_kernels import use_backend
@@ -30,6 +31,7 @@ _VARIANTS = 16
 _GATE_GAIN = 30.0
 # Makes a gate choose one width whatever it sees.
 _FAVOUR = 1e6
+_CALIBRATION_IMAGES = 64
 _ROUNDS = {1: 25, 64: 9}
 # Long beside a call at batch 1, whose weights the turns of others drove out of the cache.
 TURN_SECONDS = 20e-3
@@ -72,6 +74,7 @@ def dynamic_network(depth: int, favoured: int | None = None) -> DynamicResNet:
         for name, parameter in model.named_parameters():
             if name.startswith(("gate.embed", "gate.proj")) and name.endswith("weight"):
                 parameter.data *= _GATE_GAIN
+    calibrate(model, images(_CALIBRATION_IMAGES))
     if favoured is not None:
         model.gate.choice_bias[CHOICES.index(favoured)] += _FAVOUR
     return model.eval()
