@@ -137,13 +137,38 @@ template <int kPixels, int kVectors, int kStep, bool kParts>
 inline void dot_tile_in_words(const WindowWalk& walk, const WindowPart& part, const uint8_t* input,
                               const uint8_t* weights, const Ints* start, Ints* result) {
   constexpr int kResultVectors = kParts ? 1 : kVectors;
-  Ints words[kPixels * kVectors];
-  unroll<kPixels * kVectors>([&](auto i) { words[i] = zero_ints(); });
-  bool has_sums = false;
-  int64_t room = part.words.run;
-  const auto widen = [&] {
+  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
+  const uint8_t* row = input;
+  const uint8_t* column = row;
+  int64_t columns = walk.kernel_w;  // of the row that are left
+  int64_t planes = walk.planes;     // of the column
+  const int64_t run = part.words.run;
+  // Whole columns where they fit: loops that are all as long end without a wrong guess.
+  const int64_t longest = planes <= run ? run - run % planes : run;
+  int64_t rest = part.rows * columns * planes;
+  bool is_first = true;
+  do {
+    Ints words[kPixels * kVectors];
+    unroll<kPixels * kVectors>([&](auto i) { words[i] = zero_ints(); });
+    for (int64_t left = min_of(longest, rest); left > 0;) {
+      const int64_t dwords = min_of(left, planes);
+      dot_column<uint32_t, Ints, 0, kPixels, kPixels, kVectors>(
+          walk, offsets, column, dwords, &weights, words,
+          [](Ints sum, Ints value, Ints weight) { return dot_fitting(sum, value, weight); });
+      left -= dwords;
+      rest -= dwords;
+      planes -= dwords;
+      column += dwords * walk.plane_step;
+      if (planes > 0) continue;
+      planes = walk.planes;
+      column += walk.column_step - planes * walk.plane_step;
+      if (--columns > 0) continue;
+      columns = walk.kernel_w;
+      row += walk.row_step;
+      column = row;
+    }
     unroll<kPixels * kResultVectors>([&](auto i) {
-      Ints sum = has_sums ? result[i] : start[i % kResultVectors];
+      Ints sum = is_first ? start[i % kResultVectors] : result[i];
       if constexpr (kParts) {
         sum = add(sum, add(join_words<1>(words[2 * i]), join_words<16>(words[2 * i + 1])));
       } else {
@@ -151,32 +176,8 @@ inline void dot_tile_in_words(const WindowWalk& walk, const WindowPart& part, co
       }
       result[i] = sum;
     });
-  };
-  const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
-  // Whole columns where they fit: loops that are all as long end without a wrong guess.
-  const int64_t least = walk.planes <= part.words.run ? walk.planes : 1;
-  for (int64_t kh = 0; kh < part.rows; ++kh) {
-    const uint8_t* row = input + kh * walk.row_step;
-    for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
-      const uint8_t* column = row + kw * walk.column_step;
-      for (int64_t left = walk.planes; left > 0;) {
-        if (room < least) {
-          widen();
-          unroll<kPixels * kVectors>([&](auto i) { words[i] = zero_ints(); });
-          has_sums = true;
-          room = part.words.run;
-        }
-        const int64_t dwords = min_of(room, left);
-        dot_column<uint32_t, Ints, 0, kPixels, kPixels, kVectors>(
-            walk, offsets, column, dwords, &weights, words,
-            [](Ints sum, Ints value, Ints weight) { return dot_fitting(sum, value, weight); });
-        column += dwords * walk.plane_step;
-        room -= dwords;
-        left -= dwords;
-      }
-    }
-  }
-  widen();
+    is_first = false;
+  } while (rest > 0);
 }
 #endif
 
