@@ -1,8 +1,8 @@
 """Whole networks to time: ours frozen, at forced and decided widths, and the static peers.
 
-All are CIFAR ResNets with random weights. Ours have calibrated steps, so that weights fill the range
-of their width as trained ones do: times without VNNI depend on it. Our gates are random too, scaled
-so that they use every width; what gates decide after training is another matter.
+All are CIFAR ResNets with random weights. Ours have calibrated steps, so that weights fill the
+range of their width as trained ones do: times without VNNI depend on it. Our gates are random too,
+scaled so that they use every width; what gates decide after training is another matter.
 """
 
 from __future__ import annotations

@@ -160,7 +160,8 @@ def layer_weights(layer: Layer, device: Device = "cpu") -> LayerWeights:
     shape = (layer.out_channels, layer.group_channels, layer.kernel, layer.kernel)
     weight = torch.randn(shape, generator=generator, device=device) * deviation
     # 8-bit weights stay within 7 bits: on processors without VNNI the peers add two products in 16
-    # bits, which would saturate. Times do not depend on it.
+    # bits, which would saturate. Their times do not depend on it; ours are there those of weights
+    # too large for such sums, as 8 bits have them after training.
     reach = {bits: 6 if bits == 8 else 3 for bits in INTEGER_WIDTHS}
     scales = {
         bits: torch.full(

@@ -160,6 +160,7 @@ inline int64_t direct_band_rows(const WindowShape& shape, int64_t out_rows) {
 struct DirectWeights {
   const uint8_t* dwords;
   const Ints* level_sums;  // [vectors][kernel_h], if there is a zero point to correct for
+  WordSums words;
 };
 
 // kCount levels of each lane, and zeros beside them.
@@ -218,13 +219,10 @@ inline void sum_levels(const ConvGeometry& g, const DirectLayout& layout, const 
   }
 }
 
-// The parts of the levels in some vectors, see word_sums.h; `levels` may be where the low ones go.
-inline void split_levels(const uint8_t* levels, int64_t vectors, uint8_t* low, uint8_t* high) {
-  for (int64_t i = 0; i < vectors * kVectorBytes; i += kVectorBytes) {
-    const Ints level = load_ints(levels + i);
-    store(high + i, high_parts(level));
-    store(low + i, low_parts(level));
-  }
+// The parts of levels, see word_sums.h; `levels` may be where the low ones go.
+inline void split_levels(const uint8_t* levels, int64_t count, uint8_t* low, uint8_t* high) {
+  for (int64_t i = 0; i < count; ++i) high[i] = static_cast<uint8_t>(high_part(levels[i]));
+  for (int64_t i = 0; i < count; ++i) low[i] = static_cast<uint8_t>(low_part(levels[i]));
 }
 
 struct DirectWeightScratch {
@@ -270,7 +268,7 @@ struct DirectWeightSource {
       if (needs_sums) {
         sum_levels(geometry, layout, levels, scratch.level_sums + (slot + v) * geometry.kernel_h);
       }
-      if (words.split) split_levels(levels, bytes / kVectorBytes, own, own + bytes);
+      if (words.split) split_levels(levels, bytes, own, own + bytes);
     }
     return ready;
   }
@@ -279,9 +277,9 @@ struct DirectWeightSource {
   DirectWeights loaded(int64_t group, int64_t vector, int64_t vectors, int64_t slot) const {
     const Ints* level_sums = scratch.level_sums + slot * geometry.kernel_h;
     if (is_whole(vector, vectors) && !words.split) {
-      return {held_vector(group, vector), level_sums};
+      return {held_vector(group, vector), level_sums, words};
     }
-    return {scratch.dwords + slot * slot_bytes(), level_sums};
+    return {scratch.dwords + slot * slot_bytes(), level_sums, words};
   }
 
  private:
@@ -359,7 +357,6 @@ struct DirectMultiply {
   const WindowShape* shape;
   DirectLayout layout;
   int32_t zero_point;  // that the sums are still to be corrected for
-  WordSums words;
   Vector* sums;
   DwordBand band;
   WindowWalk walk;
@@ -435,13 +432,14 @@ struct DirectMultiply {
     const uint8_t* weights = ready.dwords + row_begin * g.kernel_w * layout.planes * kLanes * 4;
     constexpr bool kWords = kSumsInWords && !std::is_same<Dword, float>::value;
     const auto run_tiles = [&](int64_t v, int64_t count, const uint8_t* of_vectors) {
-      const int64_t multiplied = words.split ? 2 : count;
+      const int64_t multiplied = ready.words.split ? 2 : count;
       const auto multiply = [&](int64_t x, int64_t pixels, Vector* result) {
         // What is left out has to outweigh the ends of three loops instead of one: with 16 products
         // a loop lost 15 %, with 32 gained 6 % (8 pixels, 8 bits, Zen 4).
         const bool may_skip = !kWords && layout.planes * multiplied >= 32;
         const WindowPart part = {row_end - row_begin, may_skip && pads_left && x == 0,
-                                 may_skip && pads_right && x + pixels == shape->out_width, words};
+                                 may_skip && pads_right && x + pixels == shape->out_width,
+                                 ready.words};
         const bool whole = !part.skips_left && !part.skips_right;
         const auto tile = dot_tile_for<Dword, Vector>(pixels, multiplied, walk.pixel_step);
         tile(whole ? long_walk : walk, part, row + x * walk.pixel_step, of_vectors, start + v,
@@ -461,7 +459,7 @@ struct DirectMultiply {
         }
       });
     };
-    if (!words.split) return run_tiles(0, vectors, weights);
+    if (!ready.words.split) return run_tiles(0, vectors, weights);
     for (int64_t v = 0; v < vectors; ++v) {
       run_tiles(v, 1, weights + v * 2 * layout.vector_step * 4);
     }
@@ -497,7 +495,6 @@ inline void conv_direct(const ConvTask& task, void* memory) {
   multiply.sums = scratch.sums;
   const DirectWeightSource weights =
       direct_weight_source(task, multiply.layout, multiply.zero_point, scratch.weights);
-  multiply.words = weights.words;
 
   const bool in_place = fits_vector_epilogue(task, g.out_channels / g.groups);
   const VectorEpilogue epilogue =

@@ -101,35 +101,6 @@ inline __attribute__((always_inline)) void dot_column(const WindowWalk& walk,
   *weights = end;
 }
 
-// Calls fn(begin, end, column) for every kernel column of a window, begin and end being constants:
-// the pixels that take part in it.
-template <int kPixels, typename Fn>
-inline __attribute__((always_inline)) void for_each_column(const WindowWalk& walk,
-                                                           const WindowPart& part,
-                                                           const uint8_t* input, Fn fn) {
-  for (int64_t kh = 0; kh < part.rows; ++kh) {
-    const uint8_t* column = input + kh * walk.row_step;
-    for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
-      constexpr std::integral_constant<int, 0> kBegin;
-      constexpr std::integral_constant<int, kPixels> kEnd;
-      if constexpr (kPixels > 1) {
-        constexpr std::integral_constant<int, 1> kSecond;
-        constexpr std::integral_constant<int, kPixels - 1> kLast;
-        if (part.skips_left && kw == 0) {
-          fn(kSecond, kEnd, column);
-        } else if (part.skips_right && kw == walk.kernel_w - 1) {
-          fn(kBegin, kLast, column);
-        } else {
-          fn(kBegin, kEnd, column);
-        }
-      } else {
-        fn(kBegin, kEnd, column);
-      }
-      column += walk.column_step;
-    }
-  }
-}
-
 #if !defined(__AVX512VNNI__)
 // dot_tile for codes. With kParts the two vectors of weights are the low and the high parts of one,
 // and so is the result.
@@ -201,11 +172,32 @@ inline void dot_tile(const WindowWalk& walk, const WindowPart& part, const uint8
   Vector sums[kPixels * kVectors];
   unroll<kPixels * kVectors>([&](auto i) { sums[i] = start[i % kVectors]; });
   const PixelOffsets<kPixels, kStep> offsets(walk.pixel_step);
-  for_each_column<kPixels>(walk, part, input, [&](auto begin, auto end, const uint8_t* column) {
-    dot_column<Dword, Vector, begin, end, kPixels, kVectors>(
-        walk, offsets, column, walk.planes, &weights, sums,
-        [](Vector sum, Vector value, Vector weight) { return dot(sum, value, weight); });
-  });
+  for (int64_t kh = 0; kh < part.rows; ++kh) {
+    const uint8_t* column = input + kh * walk.row_step;
+    for (int64_t kw = 0; kw < walk.kernel_w; ++kw) {
+      const auto columns = [&](auto begin, auto end) {
+        dot_column<Dword, Vector, begin, end, kPixels, kVectors>(
+            walk, offsets, column, walk.planes, &weights, sums,
+            [](Vector sum, Vector value, Vector weight) { return dot(sum, value, weight); });
+      };
+      constexpr std::integral_constant<int, 0> kBegin;
+      constexpr std::integral_constant<int, kPixels> kEnd;
+      if constexpr (kPixels > 1) {
+        constexpr std::integral_constant<int, 1> kSecond;
+        constexpr std::integral_constant<int, kPixels - 1> kLast;
+        if (part.skips_left && kw == 0) {
+          columns(kSecond, kEnd);
+        } else if (part.skips_right && kw == walk.kernel_w - 1) {
+          columns(kBegin, kLast);
+        } else {
+          columns(kBegin, kEnd);
+        }
+      } else {
+        columns(kBegin, kEnd);
+      }
+      column += walk.column_step;
+    }
+  }
   unroll<kPixels * kVectors>([&](auto i) { result[i] = sums[i]; });
 }
 

@@ -62,19 +62,10 @@ inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Ints bit_or(Ints a, Ints b) { return _mm512_or_si512(a, b); }
-inline Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
-inline Ints bit_xor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 template <int kCount>
 inline Ints shift_left(Ints value) {
   return _mm512_slli_epi32(value, kCount);
 }
-template <int kCount>
-inline Ints shift_right(Ints value) {
-  return _mm512_srli_epi32(value, kCount);
-}
-inline Ints splat_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi8(a, b); }
-inline Ints subtract_bytes(Ints a, Ints b) { return _mm512_sub_epi8(a, b); }
 inline Floats to_floats(Ints value) { return _mm512_cvtepi32_ps(value); }
 // To nearest even.
 inline Ints round_to_ints(Floats value) { return _mm512_cvtps_epi32(value); }
@@ -141,19 +132,10 @@ inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
 inline Ints bit_or(Ints a, Ints b) { return _mm256_or_si256(a, b); }
-inline Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
-inline Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 template <int kCount>
 inline Ints shift_left(Ints value) {
   return _mm256_slli_epi32(value, kCount);
 }
-template <int kCount>
-inline Ints shift_right(Ints value) {
-  return _mm256_srli_epi32(value, kCount);
-}
-inline Ints splat_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
-inline Ints add_bytes(Ints a, Ints b) { return _mm256_add_epi8(a, b); }
-inline Ints subtract_bytes(Ints a, Ints b) { return _mm256_sub_epi8(a, b); }
 inline Floats to_floats(Ints value) { return _mm256_cvtepi32_ps(value); }
 // To nearest even.
 inline Ints round_to_ints(Floats value) { return _mm256_cvtps_epi32(value); }
@@ -190,8 +172,6 @@ inline Ints dot(Ints sums, Ints codes, Ints weights) {
 #else
 #error "no vectors for this instruction set"
 #endif
-
-constexpr int64_t kVectorBytes = sizeof(Ints);
 
 // The dword at any address in all lanes.
 template <typename Dword>

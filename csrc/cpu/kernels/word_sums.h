@@ -41,20 +41,9 @@ struct WordSums {
   }
 };
 
-// Of a level of 8 bits, and of those in the bytes of a vector.
+// Of a level of 8 bits.
 inline int low_part(int level) { return ((level & 15) ^ 8) - 8; }
-inline int high_part(int level) { return (level - low_part(level)) / 16; }
-inline Ints low_parts(Ints levels) {
-  const Ints eights = splat_byte(8);
-  return subtract_bytes(bit_xor(bit_and(levels, splat_byte(15)), eights), eights);
-}
-inline Ints high_parts(Ints levels) {
-  const Ints eights = splat_byte(8);
-  const Ints high = bit_and(shift_right<4>(levels), splat_byte(15));
-  // A low part below 0 takes one more.
-  const Ints carry = bit_and(shift_right<3>(levels), splat_byte(1));
-  return subtract_bytes(add_bytes(bit_xor(high, eights), carry), eights);
-}
+inline int high_part(int level) { return ((level >> 4 & 15) ^ 8) - 8 + (level >> 3 & 1); }
 
 // WordSums::run for one filter: canonical codes of kBits (taps, channels), the channels of each tap
 // beginning at a byte, whose dwords are multiplied in that order. level_of gives the level, or part
