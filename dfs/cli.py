@@ -362,7 +362,8 @@ def sweep(
     if as_json:
         _print_json({"rows": [asdict(row) for row in rows], "report": page})
     else:
-        Console().print(rich_summary(rows, planned.about()["title"]))
+        console = Console()
+        console.print(rich_summary(rows, planned.about()["title"], console.width))
         print(page or "no plots and no page: matplotlib is not installed")
 
 

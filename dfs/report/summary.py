@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from dfs.train.checkpoint import write_beside
@@ -229,12 +230,22 @@ def table_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
     return [headings, *(_cells(row, columns) for row in rows)]
 
 
-def rich_summary(rows: Sequence[SummaryRow], title: str) -> Table:
-    """The same for a terminal."""
-    headings, *cells = table_cells(rows)
-    table = Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    for line in cells:
-        table.add_row(*line)
+def rich_summary(rows: Sequence[SummaryRow], title: str, width: int) -> Table:
+    """The same for a terminal of ``width`` columns; where it is narrow the last figures go."""
+    headings, *lines = table_cells(rows)
+    wide = Console(width=1000)
+    # The network, seeds and accuracy stay, and notes get lines of their own.
+    for count in range(len(headings) - 1, 2, -1):
+        table = Table(title=title, title_justify="left", caption_justify="left")
+        for i, heading in enumerate(headings[:count]):
+            justify: JustifyMethod = "right" if i else "left"
+            table.add_column(heading.replace(" ", "\n", 1), justify=justify, no_wrap=True)
+        for line in lines:
+            table.add_row(*line[:count])
+        if wide.measure(table).maximum <= width:
+            break
+    captions = [f"{row.name}: {row.note}" for row in rows if row.note]
+    if count < len(headings) - 1:
+        captions.append(f"further columns in {TABLE_NAMES[0]}")
+    table.caption = "\n".join(captions) or None
     return table

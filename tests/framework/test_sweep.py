@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -8,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from dfs.cost import PaperCost
 from dfs.data import DataSplits
 from dfs.latency import LatencyTable, part_names
-from dfs.report import compare_with_rivals, pareto_front, read_tables, summarise, write_tables
+from dfs.report import (
+    compare_with_rivals,
+    pareto_front,
+    read_tables,
+    rich_summary,
+    summarise,
+    write_tables,
+)
 from dfs.report.summary import to_markdown
 from dfs.train import Trainer
 from dfs.train.cascade import Cascade, cascade_for_target, confidence, evaluate_cascade
@@ -238,6 +247,30 @@ def test_the_table_gives_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table.json").read_text())["title"] == "test"
     with_latency = summarise([sweep_result(0, 0.9, latency=0.4)])
     assert "latency %" in to_markdown(with_latency)
+
+
+def test_the_printed_table_fits_the_terminal() -> None:
+    label = "cascade, 2 then 8 bits"
+    full = {"engine_1": 0.21, "engine_64": 0.14, "distinct_decisions": 7, "permuted": [0.871]}
+    rows = summarise(
+        [sweep_result(0, 0.9, label=label, **full), sweep_result(0, 0.8, target=0.01, **full)]
+    )
+    rows[1] = replace(rows[1], note="seed 1: loss is not finite")
+
+    def printed(width: int) -> str:
+        text = io.StringIO()
+        Console(file=text, width=width).print(rich_summary(rows, "test", width))
+        assert all(len(line) <= width for line in text.getvalue().splitlines())
+        return text.getvalue()
+
+    for width in (60, 80, 200):
+        assert f"{label}, 2.00%" in printed(width)
+        assert "90.00" in printed(width)
+        assert "seed 1: loss is not finite" in printed(width)
+    assert "87.10" not in printed(80)
+    assert "further columns in table.md" in printed(80)
+    assert "87.10" in printed(200)
+    assert "further columns" not in printed(200)
 
 
 def test_the_pareto_front_is_what_no_other_point_beats() -> None:
